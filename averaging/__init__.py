@@ -1,0 +1,44 @@
+"""Averages of a model's weights, while it trains and afterwards.
+
+`LAWA`, `EMA` and `SWA` are plain averagers for your own loop; `averaging.lightning` and
+`averaging.transformers` hold the same names as callbacks for those trainers, and `averaging.soups`
+(or the command ``soup``) averages saved checkpoints.
+
+Importing this package imports neither torch nor a trainer: names are resolved on first use (PEP 562).
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from averaging.apply import applied, load_into
+    from averaging.averager import Averager
+    from averaging.averagers.ema import EMA
+    from averaging.averagers.lawa import LAWA
+    from averaging.averagers.swa import SWA
+    from averaging.weights import Weights, named_weights
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "EMA": "averaging.averagers.ema",
+    "LAWA": "averaging.averagers.lawa",
+    "SWA": "averaging.averagers.swa",
+    "Averager": "averaging.averager",
+    "Weights": "averaging.weights",
+    "applied": "averaging.apply",
+    "load_into": "averaging.apply",
+    "named_weights": "averaging.weights",
+}
+
+__all__ = ["EMA", "LAWA", "SWA", "Averager", "Weights", "applied", "load_into", "named_weights"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'averaging' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,108 @@
+"""Put an average into a model: for a while (`applied`), or for good (`load_into`)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+
+from averaging.averager import Averager
+from averaging.kernels import round_into
+from averaging.weights import Weights, every_name
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+@contextmanager
+def applied(model: nn.Module, weights: Averager | Weights) -> Iterator[Weights]:
+    """Within the ``with`` block, ``model`` holds ``weights``; afterwards its own again, bit for bit.
+
+    Tensors are paired by name and copied in place, so optimizers, compiled graphs and DDP keep working.
+    The model's own weights come back also after an exception or Ctrl-C, whatever happened inside.
+
+        with applied(model, ema):
+            evaluate(model)
+
+    Args:
+        model: the model, wrapped or not.
+        weights: an averager, or name → tensor for some or all of the model's parameters and buffers.
+            An averager that has absorbed nothing yet stands for the model's own weights.
+
+    Yields:
+        The model's own (online) weights of the tensors that were replaced: a copy in CPU memory.
+
+    Raises:
+        ValueError: a name the model does not have, or a shape that differs; the model is then unchanged.
+    """
+    pairs = _pair(model, weights)
+    online = {name: target.detach().to("cpu", copy=True) for name, (target, _) in pairs.items()}
+    try:
+        _write(pairs.values())
+        yield online
+    finally:
+        _write_uninterrupted([(target, online[name]) for name, (target, _) in pairs.items()])
+
+
+def load_into(model: nn.Module, weights: Averager | Weights) -> None:
+    """Copy ``weights`` into ``model`` in place, each tensor rounded once to the model's dtype.
+
+    Args:
+        model: the model, wrapped or not.
+        weights: an averager, or name → tensor for some or all of the model's parameters and buffers.
+            An averager that has absorbed nothing yet stands for the model's own weights.
+
+    Raises:
+        ValueError: a name the model does not have, or a shape that differs; the model is then unchanged.
+    """
+    _write_uninterrupted(_pair(model, weights).values())
+
+
+def _pair(model: nn.Module, weights: Averager | Weights) -> Mapping[str, tuple[Tensor, Tensor]]:
+    """(target in the model, source) by name, all checked before anything is written."""
+    if isinstance(weights, Averager):
+        if not weights.absorbed:
+            return {}
+        weights = weights.average(rounded=True)
+    targets = dict(every_name(model))
+    pairs: dict[str, tuple[Tensor, Tensor]] = {}
+    written: dict[int, str] = {}
+    for name, source in weights.items():
+        target = targets.get(name)
+        if target is None:
+            raise ValueError(f"the model has no parameter or buffer {name!r}: these are the weights of another model")
+        if target.shape != source.shape:
+            raise ValueError(
+                f"{name!r} has shape {tuple(target.shape)} in the model and {tuple(source.shape)} in the weights: "
+                "these are the weights of another model"
+            )
+        if (twin := written.setdefault(id(target), name)) != name:
+            # Files of a tied model may hold the weight under each of its names.
+            if not torch.equal(pairs[twin][1], source):
+                raise ValueError(f"{twin!r} and {name!r} are one tied weight in the model but differ in the weights")
+            continue
+        pairs[name] = (target, source)
+    return pairs
+
+
+@torch.no_grad()
+def _write(pairs: Collection[tuple[Tensor, Tensor]]) -> None:
+    for target, source in pairs:
+        if source.dtype == torch.float64 and target.dtype != source.dtype:
+            source = round_into(torch.empty_like(source, dtype=target.dtype), source)
+        target.copy_(source)
+
+
+def _write_uninterrupted(pairs: Collection[tuple[Tensor, Tensor]]) -> None:
+    """Write all ``pairs`` even if Ctrl-C is pressed meanwhile: half of one set of weights is none."""
+    interrupted: KeyboardInterrupt | None = None
+    while True:
+        try:
+            _write(pairs)
+            break
+        except KeyboardInterrupt as exception:
+            interrupted = exception
+    if interrupted is not None:
+        raise interrupted

@@ -1,0 +1,393 @@
+"""The contract of every averager: named weights in, named weights out."""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import nn
+
+from averaging.atomic import replacing
+from averaging.kernels import accumulator_dtype
+from averaging.memory import SnapshotFile
+from averaging.schedule import Length, Run, Schedule, Span
+from averaging.weights import Binding, Weights
+
+if TYPE_CHECKING:
+    import os
+
+
+STATE_FILE = "averaging.json"
+STATE_VERSION = 1
+
+
+class Averager(ABC):
+    """Keeps an average of a model's weights while it trains.
+
+    Offer it the model after each optimizer step; it absorbs the weights when its schedule says so:
+
+        average = EMA(decay=0.999)
+        for step, batch in enumerate(batches, start=1):
+            ...
+            optimizer.step()
+            average.update(model, step)
+        with applied(model, average):
+            evaluate(model)
+
+    A subclass implements `absorb`, `average`, and how its tensors are saved (`tensors`, `restore`).
+
+    Args:
+        every: spacing of absorptions: optimizer steps, ``"epoch"``, or a fraction of the run. ``None`` is the
+            subclass's default.
+        start: first point of training at which to absorb, in the same units. Until then, the average is the
+            model's own weights.
+        name: what the average is called in checkpoints and metrics; the class's name in lower case by default.
+        frozen: average the parameters that do not require grad, too.
+        buffers: average the floating-point buffers (BatchNorm's running statistics), too.
+
+    Raises:
+        ValueError, TypeError: an argument that is out of range or of the wrong kind.
+    """
+
+    def __init__(
+        self,
+        *,
+        every: Span | None = None,
+        start: Span = 0,
+        name: str | None = None,
+        frozen: bool = False,
+        buffers: bool = False,
+    ) -> None:
+        self.name = type(self).__name__.lower() if name is None else name
+        if not re.fullmatch(r"[A-Za-z0-9][\w-]*", self.name) or self.name == "online":
+            raise ValueError(
+                f"name={name!r}: use letters, digits, '-' and '_' (it names a folder and metrics), and not 'online'"
+            )
+        self.every = None if every is None else Length.parse(every, "every")
+        if self.every and not self.every.amount:
+            raise ValueError(f"every={every!r}: must be positive")
+        self.start = Length.parse(start, "start")
+        self.frozen = frozen
+        self.buffers = buffers
+        self.run = Run()
+        self._schedule: Schedule | None = None
+        self._binding: Binding | None = None
+        self._clear()
+
+    def _clear(self) -> None:
+        self.step = 0
+        """Optimizer steps done when the weights were last offered."""
+        self.epoch = 0.0
+        """Epochs done when the weights were last offered."""
+        self.absorbed = 0
+        """How many times weights have been absorbed."""
+        self.absorbed_step = 0
+        """Optimizer steps done at the last absorption."""
+        self._layout: dict[str, tuple[tuple[int, ...], torch.dtype]] | None = None
+
+    # ------------------------------------------------------------------ what a subclass provides
+
+    @abstractmethod
+    def absorb(self, weights: Weights, step: int) -> Weights | None:
+        """Take ``weights`` into the average; ``self.absorbed`` and ``self.absorbed_step`` tell of the last time.
+
+        Args:
+            weights: the model's own tensors, which the next optimizer step overwrites: copy what is kept.
+            step: optimizer steps done.
+
+        Returns:
+            Weights that training is to go on from, or None (nearly always) to leave the model alone.
+        """
+
+    @abstractmethod
+    def average(self, *, rounded: bool = False) -> Weights:
+        """The average: name → tensor, float32 or better.
+
+        Args:
+            rounded: in the dtype of the model's weights instead, rounded once from the widest value known.
+
+        Raises:
+            RuntimeError: nothing has been absorbed yet.
+        """
+
+    @abstractmethod
+    def tensors(self) -> Mapping[str, Weights]:
+        """All tensors of the state, in named groups."""
+
+    @abstractmethod
+    def restore(self, tensors: Mapping[str, Weights], numbers: Mapping[str, Any]) -> None:
+        """Take copies of what `tensors` gave, and what a subclass added to `numbers`.
+
+        Two empty mappings stand for the state before the first absorption.
+        """
+
+    def default_every(self, run: Run) -> Length:
+        """The spacing when ``every`` is not given."""
+        return Length(1, "steps")
+
+    def write_group(self, group: str, file: Path) -> None:
+        """Write one group of `tensors` to a safetensors file."""
+        from safetensors.torch import save_file
+
+        save_file({name: tensor.contiguous() for name, tensor in self.tensors()[group].items()}, file)
+
+    # ------------------------------------------------------------------ training
+
+    def prepare(self, total_steps: int | None = None, steps_per_epoch: float | None = None) -> Self:
+        """Tell how long the run is, so that fractions, epochs and default windows can be resolved.
+
+        The callbacks for trainers do this by themselves. In your own loop it is needed only for such arguments.
+
+        Args:
+            total_steps: optimizer steps of the whole run.
+            steps_per_epoch: optimizer steps in an epoch.
+
+        Returns:
+            The averager itself: ``average = LAWA(k=5).prepare(total_steps=10_000)``.
+
+        Raises:
+            ValueError: a setting is relative to a length that is not known.
+        """
+        self.run = Run(total_steps, steps_per_epoch)
+        self._schedule = self._resolve()
+        if total_steps is not None and (self.start.unit != "epochs" or steps_per_epoch):
+            start = self.start.in_steps(self.run, "start")
+            if start > total_steps:
+                warnings.warn(
+                    f"{type(self).__name__} starts after {start:g} optimizer steps but the run ends after "
+                    f"{total_steps}: there will be no average, and the model keeps its trained weights",
+                    stacklevel=2,
+                )
+        return self
+
+    def _resolve(self) -> Schedule:
+        return Schedule(self.every or self.default_every(self.run), self.start)
+
+    @torch.no_grad()
+    def update(
+        self, model: nn.Module | Weights, step: int | None = None, *, epoch: float | None = None
+    ) -> Weights | None:
+        """Offer the weights after an optimizer step; they are absorbed when the schedule says so.
+
+        Args:
+            model: the model, wrapped or not; or name → tensor.
+            step: optimizer steps done so far; one more than at the last call by default. Offering a step twice
+                is harmless.
+            epoch: epochs done so far, such as 1.5; needed when ``every`` or ``start`` is in epochs.
+
+        Returns:
+            Weights that training is to go on from (`load_into` them), or None (nearly always).
+
+        Raises:
+            ValueError: a step before the last one, a setting that cannot be resolved, or weights whose names,
+                shapes or dtypes are not those absorbed before.
+        """
+        step = self.step + 1 if step is None else step
+        if step < self.step:
+            raise ValueError(
+                f"step {step} was offered after step {self.step}: reset() the averager for a new run, "
+                "or load its state together with the model's checkpoint"
+            )
+        if self._schedule is None:
+            self._schedule = self._resolve()
+        restart = None
+        last = (self.step, self.epoch)
+        fresh = not self.absorbed or step != self.absorbed_step
+        if fresh and self._schedule.due(self.run, last, (step, epoch)):
+            restart = self.absorb(self.bind(model), step)
+            self.absorbed += 1
+            self.absorbed_step = step
+        self.step = step
+        self.epoch = self.epoch if epoch is None else epoch
+        return restart
+
+    def bind(self, model: nn.Module | Weights) -> Weights:
+        """The weights of ``model`` that are averaged, checked against those absorbed so far.
+
+        Raises:
+            ValueError: a tensor is missing, new, or of another shape or dtype.
+        """
+        if isinstance(model, nn.Module):
+            if self._binding is not None and self._binding.is_current(model):
+                weights: Weights = self._binding.weights
+                if self._layout is not None:
+                    return weights
+            else:
+                self._binding = Binding(model, frozen=self.frozen, buffers=self.buffers)
+                weights = self._binding.weights
+        else:
+            weights = model
+        layout = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in weights.items()}
+        if self._layout is None:
+            self._layout = layout
+        elif layout != self._layout:
+            self._explain(layout)
+        return weights
+
+    def _explain(self, layout: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
+        assert self._layout is not None
+        remedy = (
+            "An average belongs to one model: reset() it, or build a new one. Where parameters are frozen or "
+            "unfrozen during training, frozen=True averages them all from the start"
+        )
+        for name, known in self._layout.items():
+            if name not in layout:
+                raise ValueError(
+                    f"{self.name}: {name!r} was averaged so far but is not among the trainable weights. {remedy}"
+                )
+            if layout[name] != known:
+                raise ValueError(
+                    f"{self.name}: {name!r} is {layout[name][1]} {layout[name][0]} in the model but was "
+                    f"{known[1]} {known[0]} in what was averaged so far. {remedy}"
+                )
+        new = next(name for name in layout if name not in self._layout)
+        raise ValueError(f"{self.name}: {new!r} is not among the weights averaged so far. {remedy}")
+
+    def reset(self, step: int = 0, epoch: float = 0.0) -> None:
+        """Forget everything absorbed, for a new run or for one that has already come so far."""
+        self._clear()
+        self.step, self.epoch = step, epoch
+        self._binding = None
+        self.restore({}, {})
+
+    # ------------------------------------------------------------------ state
+
+    def numbers(self) -> dict[str, Any]:
+        """The part of the state that is not tensors: what JSON can hold."""
+        return {
+            "version": STATE_VERSION,
+            "averager": type(self).__name__,
+            "step": self.step,
+            "epoch": self.epoch,
+            "absorbed": self.absorbed,
+            "absorbed_step": self.absorbed_step,
+            "layout": {
+                name: [list(shape), str(dtype).removeprefix("torch.")]
+                for name, (shape, dtype) in (self._layout or {}).items()
+            },
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """The whole state: dicts, tensors and numbers only, so that ``torch.load(weights_only=True)`` reads it.
+
+        The tensors are those the averager works with, not copies.
+        """
+        return {**self.numbers(), "tensors": {group: dict(weights) for group, weights in self.tensors().items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` gave; nothing is changed when it does not fit.
+
+        Raises:
+            ValueError: the state of another averager, of a later version, or with parts missing.
+        """
+        try:
+            kind, version = state["averager"], state["version"]
+            if kind != type(self).__name__:
+                raise ValueError(
+                    f"this is the state of {kind}, not of {type(self).__name__}: give the averager the name it had, "
+                    "or its own state"
+                )
+            if version > STATE_VERSION:
+                raise ValueError(
+                    f"this state was written by a later version of averaging (format {version}, this one reads up to "
+                    f"{STATE_VERSION}): upgrade averaging"
+                )
+            layout = {name: (tuple(shape), getattr(torch, dtype)) for name, (shape, dtype) in state["layout"].items()}
+            for group, weights in state["tensors"].items():
+                for name, (shape, _) in layout.items():
+                    if name not in weights or tuple(weights[name].shape) != shape:
+                        raise ValueError(f"the state's {group!r} has no {name!r} of shape {shape}: it is damaged")
+            step, epoch = int(state["step"]), float(state["epoch"])
+            absorbed, absorbed_step = int(state["absorbed"]), int(state["absorbed_step"])
+            tensors = state["tensors"]
+            if bool(absorbed) != bool(tensors):
+                raise ValueError("the state's counts and tensors contradict each other: it is damaged")
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"this is not the state of an averager, or it is damaged ({error!r})") from error
+        self.restore(tensors, state)
+        self.step, self.epoch, self.absorbed, self.absorbed_step = step, epoch, absorbed, absorbed_step
+        self._layout = layout or None
+        self._binding = None
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the state to ``folder``, as a whole or not at all: numbers as JSON, tensors as safetensors."""
+        with replacing(Path(folder)) as staging:
+            staging.mkdir()
+            self.write_state(staging)
+
+    def write_state(self, folder: Path) -> None:
+        """Write the state's files into an existing folder; `save` does it atomically."""
+        sizes = {}
+        for group in self.tensors():
+            file = folder / f"{group}.safetensors"
+            self.write_group(group, file)
+            sizes[file.name] = file.stat().st_size
+        (folder / STATE_FILE).write_text(json.dumps({**self.numbers(), "files": sizes}, indent=1) + "\n")
+
+    def load(self, folder: str | os.PathLike[str]) -> Self:
+        """Restore what `save` wrote.
+
+        Raises:
+            FileNotFoundError: a file of the state is missing.
+            ValueError: a file is damaged, or the state is another averager's.
+        """
+        file = Path(folder) / STATE_FILE
+        if not file.is_file():
+            raise FileNotFoundError(f"{file}: not found, so the state of the average {self.name!r} cannot be restored")
+        try:
+            state = json.loads(file.read_text())
+            files = dict(state["files"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{file}: damaged ({error!r})") from error
+        tensors = {}
+        for name, size in files.items():
+            part = file.parent / Path(name).name
+            if not part.is_file():
+                raise FileNotFoundError(f"{part}: not found, though {file.name} lists it")
+            if part.stat().st_size != size:
+                raise ValueError(f"{part}: {part.stat().st_size} bytes instead of {size}: it is damaged")
+            tensors[part.name.removesuffix(".safetensors")] = SnapshotFile(part)
+        try:
+            self.load_state_dict({**state, "tensors": tensors})
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from error
+        return self
+
+    # ------------------------------------------------------------------ for subclasses
+
+    def _require_average(self) -> None:
+        if not self.absorbed:
+            raise RuntimeError(
+                f"{self.name} has absorbed no weights yet, so it has no average: "
+                "until then the average stands for the model's own weights"
+            )
+
+    def _average_dtype(self, name: str, rounded: bool) -> torch.dtype:
+        assert self._layout is not None
+        dtype = self._layout[name][1]
+        return dtype if rounded else accumulator_dtype(dtype)
+
+    # ------------------------------------------------------------------ manners
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name!r}: {self.absorbed} absorbed, step {self.step}>"
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The binding refers to the model's own tensors: a pickled averager finds them again by name.
+        return {**self.__dict__, "_binding": None}
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("on_") or name in ("setup", "state_key"):
+            kind = type(self).__name__
+            raise AttributeError(
+                f"averaging.{kind} is a plain averager for your own training loop, not a trainer's callback: "
+                f"use `from averaging.lightning import {kind}` or `from averaging.transformers import {kind}` "
+                "(or wrap it: AveragingCallback(averager))"
+            )
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")

@@ -1,0 +1,1 @@
+"""The averagers, one file each, opening with its formula and its paper."""

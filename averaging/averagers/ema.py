@@ -1,0 +1,157 @@
+"""EMA: the exponential moving average of the weights.
+
+    e ← β e + (1 − β) θ
+
+with β to the power of the optimizer steps since the last absorption, so that the half-life in steps is what was
+asked for at any spacing. Polyak and Juditsky 1992 for averaging; Tarvainen and Valpola 2017 (arXiv:1703.01780)
+for the exponential form in deep learning. Warm-ups: TensorFlow's ExponentialMovingAverage; diffusers' EMAModel and
+timm's ModelEmaV3; Kingma and Ba 2015 (arXiv:1412.6980) section 3 for the debiasing; Karras et al. 2023
+(arXiv:2312.02696, the EDM2 code) for the half-life ramp.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+from averaging import kernels
+from averaging.averager import Averager
+from averaging.schedule import Length, Run, Span
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from averaging.weights import Weights
+
+Warmup = Literal["tensorflow", "power", "debias", "edm2"]
+
+
+class EMA(Averager):
+    """The exponential moving average, accumulated in float32 or better on the weights' device.
+
+    The first absorption is a copy. Costs one float32 copy of the weights; an absorption is one pass over the
+    weights and the average, in place.
+
+    Args:
+        decay: β, per optimizer step, between 0 and 1.
+        half_life: instead of ``decay``, the length of training after which a snapshot's weight has halved:
+            β = 2^(−1/half_life).
+        window: instead of ``decay``, the length of the uniform window with the same mean age:
+            β = 1 − 2/(window + 1). The default is a window of 1 % of the run, and needs the run's length.
+        every: optimizer steps between absorptions, 1 by default. The decay is per optimizer step all the same:
+            an absorption after n steps uses βⁿ.
+        warmup: how β grows at first, with t the optimizer steps since the first absorption:
+            ``"tensorflow"``: min(β, (1+t)/(10+t));
+            ``"power"``: min(β, 1 − (1+t)^−power);
+            ``"debias"``: as a zero-initialised average divided by 1 − βᵗ, which makes the early average the
+            plain weighted mean of what was absorbed;
+            ``"edm2"``: a half-life of at most 0.09 t.
+        power: the exponent of ``warmup="power"``: 2/3 for runs of a million steps, 3/4 for shorter ones.
+        start, name, frozen, buffers: as in `Averager`.
+
+    Raises:
+        ValueError: decay outside [0, 1], or more than one of decay, half_life and window.
+    """
+
+    def __init__(
+        self,
+        decay: float | None = None,
+        *,
+        half_life: Span | None = None,
+        window: Span | None = None,
+        every: Span | None = None,
+        start: Span = 0,
+        warmup: Warmup | None = None,
+        power: float = 2 / 3,
+        name: str | None = None,
+        frozen: bool = False,
+        buffers: bool = False,
+    ) -> None:
+        if sum(given is not None for given in (decay, half_life, window)) > 1:
+            raise ValueError("give one of decay, half_life and window")
+        if decay is not None and not 0 <= decay <= 1:
+            raise ValueError(f"decay={decay!r}: must be between 0 (no averaging) and 1 (nothing new is absorbed)")
+        if warmup not in (None, "tensorflow", "power", "debias", "edm2"):
+            raise ValueError(f"warmup={warmup!r}: give 'tensorflow', 'power', 'debias', 'edm2' or None")
+        if not power > 0:
+            raise ValueError(f"power={power!r}: must be positive")
+        self.decay = decay
+        self.half_life = None if half_life is None else Length.parse(half_life, "half_life")
+        if self.half_life and not self.half_life.amount:
+            raise ValueError(f"half_life={half_life!r}: must be positive")
+        self.window = Length.parse("1%" if window is None else window, "window")
+        self.warmup = warmup
+        self.power = power
+        self._ema: dict[str, Tensor] = {}
+        self._first_step = 0
+        super().__init__(every=every, start=start, name=name, frozen=frozen, buffers=buffers)
+
+    def decay_per_step(self, run: Run) -> float:
+        """β after any warm-up, for a run of that length."""
+        if self.decay is not None:
+            return self.decay
+        if self.half_life is not None:
+            return float(2 ** (-1 / self.half_life.in_steps(run, "half_life")))
+        try:
+            window = self.window.in_steps(run, "window")
+        except ValueError as error:
+            raise ValueError(
+                "EMA() averages over 1 % of the run unless told otherwise, and the run's length is not known: "
+                "give decay= or half_life=, or call prepare(total_steps=...)"
+            ) from error
+        return max(0.0, 1 - 2 / (window + 1))
+
+    def default_every(self, run: Run) -> Length:
+        self.decay_per_step(run)  # fail before training if it cannot be resolved
+        return Length(1, "steps")
+
+    def _decay(self, step: int) -> float:
+        """The share of the old average that an absorption at ``step`` keeps."""
+        beta = self.decay_per_step(self.run)
+        elapsed = step - self.absorbed_step
+        if self.warmup is None:
+            return float(beta**elapsed)
+        if self.warmup == "debias":
+            # The weight still on the zeros that the average was initialised with.
+            zeros = beta ** (self.absorbed_step - self._first_step + self._spacing())
+            return float(beta**elapsed * (1 - zeros) / (1 - beta**elapsed * zeros)) if zeros < 1 else 0.0
+        ages = range(self.absorbed_step - self._first_step + 1, step - self._first_step + 1)
+        return math.prod(min(beta, self._warming(t)) for t in ages)
+
+    def _spacing(self) -> float:
+        """Optimizer steps that the first absorption stands for: as many as every other one."""
+        try:
+            return max(1, round((self.every or Length(1, "steps")).in_steps(self.run, "every")))
+        except ValueError:
+            return 1
+
+    def _warming(self, t: int) -> float:
+        if self.warmup == "tensorflow":
+            return (1 + t) / (10 + t)
+        if self.warmup == "power":
+            return float(1 - (1 + t) ** -self.power)
+        return float(2 ** (-1 / (0.09 * t)))
+
+    def absorb(self, weights: Weights, step: int) -> None:
+        if not self.absorbed:
+            self._first_step = step
+            self._ema = kernels.accumulators(weights)
+        else:
+            kernels.lerp_(self._ema, weights, 1 - self._decay(step))
+
+    def average(self, *, rounded: bool = False) -> Weights:
+        self._require_average()
+        if not rounded:
+            return self._ema
+        return {name: tensor.to(self._average_dtype(name, rounded)) for name, tensor in self._ema.items()}
+
+    def tensors(self) -> Mapping[str, Weights]:
+        return {"ema": self._ema} if self._ema else {}
+
+    def numbers(self) -> dict[str, Any]:
+        return {**super().numbers(), "first_step": self._first_step}
+
+    def restore(self, tensors: Mapping[str, Weights], numbers: Mapping[str, Any]) -> None:
+        self._first_step = int(numbers.get("first_step", 0))
+        self._ema = kernels.accumulators(tensors.get("ema", {}))

@@ -1,0 +1,207 @@
+"""Where tensors lie in files: the safetensors header, read strictly, and exact reads. No torch, no numpy."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+# safetensors' names, torch's names and the bits of an element
+_DTYPES = (
+    ("BOOL", "bool", 8),
+    ("U8", "uint8", 8),
+    ("I8", "int8", 8),
+    ("F4", "float4_e2m1fn_x2", 4),
+    ("F6_E2M3", "float6_e2m3fn", 6),
+    ("F6_E3M2", "float6_e3m2fn", 6),
+    ("F8_E4M3", "float8_e4m3fn", 8),
+    ("F8_E5M2", "float8_e5m2", 8),
+    ("F8_E4M3FNUZ", "float8_e4m3fnuz", 8),
+    ("F8_E5M2FNUZ", "float8_e5m2fnuz", 8),
+    ("F8_E8M0", "float8_e8m0fnu", 8),
+    ("U16", "uint16", 16),
+    ("I16", "int16", 16),
+    ("F16", "float16", 16),
+    ("BF16", "bfloat16", 16),
+    ("U32", "uint32", 32),
+    ("I32", "int32", 32),
+    ("F32", "float32", 32),
+    ("U64", "uint64", 64),
+    ("I64", "int64", 64),
+    ("F64", "float64", 64),
+    ("C64", "complex64", 64),
+)
+TORCH_NAME = {code: name for code, name, _ in _DTYPES}
+CODE = {name: code for code, name, _ in _DTYPES}
+BITS = {name: bits for _, name, bits in _DTYPES}
+
+MAX_HEADER = 100_000_000  # safetensors' own limit
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor in a file: its dtype (torch's name), shape, and the bytes ``start`` to ``stop`` that hold it."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """A safetensors file's header: its tensors in the order of their bytes, and the metadata."""
+
+    entries: dict[str, Entry]
+    metadata: dict[str, str]
+
+
+def open_regular(path: Path) -> int:
+    """A descriptor for reading ``path``, which must be a regular file: a pipe or a device would hang.
+
+    Raises:
+        ValueError: it is something else.
+        OSError: it does not exist or may not be read.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ValueError(f"{path} is not a regular file")
+    return descriptor
+
+
+def read_into(descriptor: int, buffer: memoryview, offset: int, file: Path) -> None:
+    """Fill ``buffer`` with the bytes at ``offset``.
+
+    Raises:
+        ValueError: the file ends before.
+    """
+    done = 0
+    while done < len(buffer):
+        count = os.preadv(descriptor, [buffer[done:]], offset + done)
+        if count == 0:
+            raise ValueError(f"{file} became shorter while it was read")
+        done += count
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a small file.
+
+    Raises:
+        ValueError: it is no JSON object.
+        OSError: it cannot be read.
+    """
+    with open(open_regular(path), "rb") as file:
+        try:
+            value = json.load(file)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is not valid JSON ({error}); copy or save it again") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object, not {type(value).__name__}")
+    return value
+
+
+def read_header(path: Path) -> Header:
+    """The header of a safetensors file, every number in it checked against the file.
+
+    The tensors must cover the data exactly, without holes and overlaps, as the format demands.
+
+    Raises:
+        ValueError: the file is truncated or corrupt; the message says where.
+        OSError: it does not exist or may not be read.
+    """
+
+    def demand(condition: bool, problem: str) -> None:
+        if not condition:
+            raise ValueError(f"{path} is not a valid safetensors file: {problem}; copy or save it again")
+
+    with open(open_regular(path), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        demand(size > 0, "it is empty")
+        demand(size >= 10, f"it has only {size} bytes")
+        length = int.from_bytes(file.read(8), "little")
+        demand(length <= MAX_HEADER, f"its header claims {length} bytes")
+        demand(8 + length <= size, f"its header claims {length} bytes but the file has {size}; it was cut off")
+        text = file.read(length)
+    try:
+        fields = json.loads(text, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path} is not a valid safetensors file: its header is not valid JSON ({error}); copy or save it again"
+        ) from error
+    demand(isinstance(fields, dict), "its header is not a JSON object")
+    metadata = fields.pop("__metadata__", {})
+    demand(
+        isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values()),
+        "its metadata must map text to text",
+    )
+
+    entries = []
+    for name, field in fields.items():
+        demand(
+            isinstance(field, dict) and field.keys() == {"dtype", "shape", "data_offsets"},
+            f"tensor {name!r} must have dtype, shape and data_offsets",
+        )
+        code, shape, offsets = field["dtype"], field["shape"], field["data_offsets"]
+        demand(isinstance(code, str) and code in TORCH_NAME, f"tensor {name!r} has the unknown dtype {code!r}")
+        demand(_counts(shape), f"tensor {name!r} has the impossible shape {shape}")
+        demand(_counts(offsets) and len(offsets) == 2, f"tensor {name!r} has the impossible offsets {offsets}")
+        start, stop = offsets
+        bits = prod(shape) * BITS[TORCH_NAME[code]]
+        demand(
+            bits == (stop - start) * 8,
+            f"tensor {name!r}, {code} of shape {shape}, cannot lie at the bytes {start} to {stop}",
+        )
+        base = 8 + length
+        demand(
+            base + stop <= size,
+            f"tensor {name!r} ends at byte {base + stop} but the file has {size}; it was cut off",
+        )
+        entries.append((name, Entry(TORCH_NAME[code], tuple(shape), path, base + start, base + stop)))
+    entries.sort(key=lambda item: (item[1].start, item[1].stop))
+    end = 8 + length
+    for name, entry in entries:
+        demand(entry.start >= end, f"tensor {name!r} overlaps another")
+        demand(entry.start == end, f"there is a hole of {entry.start - end} bytes before tensor {name!r}")
+        end = entry.stop
+    demand(end == size, f"{size - end} bytes at its end belong to no tensor")
+    return Header(dict(entries), metadata)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} appears twice")
+    return fields
+
+
+def _counts(values: object) -> bool:
+    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+
+
+def nbytes(dtype: str, shape: Iterable[int]) -> int:
+    """The bytes that a tensor takes."""
+    return prod(shape) * BITS[dtype] // 8
+
+
+def layout(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]) -> tuple[bytes, list[int]]:
+    """The first bytes of a safetensors file with these tensors (dtype and shape), and where each one's data starts."""
+    fields: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    starts, position = [], 0
+    for name, (dtype, shape) in tensors.items():
+        stop = position + nbytes(dtype, shape)
+        fields[name] = {"dtype": CODE[dtype], "shape": list(shape), "data_offsets": [position, stop]}
+        starts.append(position)
+        position = stop
+    text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text, [8 + len(text) + start for start in starts]

@@ -1,0 +1,186 @@
+"""Torch and Lightning files, read as data only.
+
+``torch.load(weights_only=True)`` runs no code, and with ``map_location="meta"`` it reads no weights either: it tells
+where in the (never compressed) zip archive each storage lies, so tensors are then read straight from the file.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from averaging.checkpoints.files import CODE, Entry, open_regular, read_into
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# What a plain torch file may keep its weights under, besides being the weights itself.
+WEIGHTS_KEYS = ("state_dict", "model_state_dict", "model")
+STEP_KEYS = ("global_step", "step")
+
+
+@dataclass(frozen=True, slots=True)
+class Pickled:
+    """A torch file's weights: where they lie, the step it names, and whether Lightning wrote it.
+
+    ``spill`` keeps open the unnamed file with the tensors that could not be read from the original in place.
+    """
+
+    entries: dict[str, Entry]
+    step: int | None
+    lightning: bool
+    spill: IO[bytes] | None
+
+
+def read_pickled(path: Path) -> Pickled:
+    """Find the weights in a ``.ckpt``, ``.pt``, ``.pth`` or ``.bin`` file without running code from it.
+
+    Raises:
+        ValueError: the file is corrupt, needs code to be read, or holds no weights.
+        OSError: it does not exist or may not be read.
+    """
+    with open(open_regular(path), "rb") as file:
+        zipped = file.read(4) == b"PK\x03\x04"
+    records = _records(path) if zipped else None
+    content = _load(path, "meta" if zipped else "cpu")
+    weights = _weights(path, content)
+    spill: IO[bytes] | None = None
+    if any(_offset(tensor) is None for tensor in weights.values()):
+        if records is not None:  # a torch that does not tell the offsets
+            weights = _weights(path, _load(path, "cpu"))
+        records = None
+    entries = {}
+    for name, tensor in weights.items():
+        _check(path, name, tensor)
+        start = _offset(tensor)
+        if records is not None and start is not None:
+            _check_record(path, name, tensor, start, records)
+        if records is not None and start is not None and tensor.is_contiguous():
+            start += int(tensor.storage_offset()) * tensor.element_size()
+            file_ = path
+        else:
+            spill = spill or tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the checkpoint)
+            start = spill.seek(0, os.SEEK_END)
+            spill.write(_bytes(tensor, path, start_of_storage=_offset(tensor)))
+            file_ = Path(f"/dev/fd/{spill.fileno()}")
+        stop = start + tensor.numel() * tensor.element_size()
+        entries[name] = Entry(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), file_, start, stop)
+    if spill is not None:
+        spill.flush()
+    step = next((content[key] for key in STEP_KEYS if type(content.get(key)) is int), None)
+    return Pickled(entries, step, "pytorch-lightning_version" in content, spill)
+
+
+def _load(path: Path, device: str) -> dict[str, Any]:
+    import pickle
+
+    import torch
+
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        if found is None:
+            raise ValueError(f"{path} is corrupt or not a torch file; copy or save it again") from error
+        raise ValueError(
+            f"{path} needs the code of {found[1]} to be read, which could do anything; if you trust the file, "
+            "load it yourself and save its weights alone with safetensors.torch.save_file"
+        ) from error
+    except MemoryError:
+        raise
+    except Exception as error:  # torch raises about everything for a damaged file
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise ValueError(f"{path} cannot be read by torch ({reason or type(error).__name__})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not named weights")
+    return content
+
+
+def _weights(path: Path, content: dict[str, Any]) -> dict[str, Tensor]:
+    import torch
+
+    weights = next((content[key] for key in WEIGHTS_KEYS if isinstance(content.get(key), dict)), content)
+    tensors = [isinstance(value, torch.Tensor) for value in weights.values()]
+    if not any(tensors):
+        raise ValueError(
+            f"{path} holds no named weights, neither directly nor under {', '.join(WEIGHTS_KEYS)}; "
+            f"its keys: {', '.join(map(repr, list(content)[:8])) or 'none'}"
+        )
+    for name, value in weights.items():
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+            raise ValueError(
+                f"{path}: {name!r} is a {type(value).__name__}, not a named tensor; save the weights alone"
+            )
+    return weights
+
+
+def _check(path: Path, name: str, tensor: Tensor) -> None:
+    """Refuse what is no plain array of numbers, or a view that claims more than there is."""
+    import torch
+
+    plain = (
+        type(tensor) in (torch.Tensor, torch.nn.Parameter)
+        and tensor.layout is torch.strided
+        and not (tensor.is_quantized or tensor.is_conj() or tensor.is_neg())
+        and str(tensor.dtype).removeprefix("torch.") in CODE
+    )
+    if not plain:
+        kind = f"{type(tensor).__name__} of {tensor.dtype}, {tensor.layout}"
+        raise ValueError(f"{path}: tensor {name!r} ({kind}) cannot be averaged; save it as a plain dense tensor")
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise ValueError(f"{path}: tensor {name!r} of shape {list(tensor.shape)} is larger than the data behind it")
+
+
+def _offset(tensor: Tensor) -> int | None:
+    return getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
+
+
+def _records(path: Path) -> dict[int, int]:
+    """Where the records of the archive start in the file, and their sizes; only what is stored as it is."""
+    records = {}
+    try:
+        with zipfile.ZipFile(path) as archive, open(open_regular(path), "rb") as file:
+            for record in archive.infolist():
+                if record.compress_type != zipfile.ZIP_STORED or record.compress_size != record.file_size:
+                    raise ValueError(
+                        f"{path} is a compressed archive, which torch never writes; save it with torch.save"
+                    )
+                file.seek(record.header_offset + 26)
+                lengths = file.read(4)
+                start = record.header_offset + 30 + sum(int.from_bytes(lengths[i : i + 2], "little") for i in (0, 2))
+                records[start] = record.file_size
+                if Path(record.filename).name == "byteorder" and archive.read(record) != b"little":
+                    raise ValueError(f"{path} was written on a big-endian machine; save it again on this one")
+            size = os.fstat(file.fileno()).st_size
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a whole torch file ({error}); copy or save it again") from error
+    if any(start + length > size for start, length in records.items()):
+        raise ValueError(f"{path} was cut off; copy or save it again")
+    return records
+
+
+def _check_record(path: Path, name: str, tensor: Tensor, start: int, records: dict[int, int]) -> None:
+    if tensor.numel() and tensor.untyped_storage().nbytes() > records.get(start, -1):
+        raise ValueError(f"{path}: the data of tensor {name!r} is missing or cut off; copy or save the file again")
+
+
+def _bytes(tensor: Tensor, path: Path, start_of_storage: int | None) -> bytes:
+    """The elements of a tensor in order, gathered when it is a strided view."""
+    import torch
+
+    if tensor.is_meta:
+        assert start_of_storage is not None
+        raw = bytearray(tensor.untyped_storage().nbytes())
+        descriptor = open_regular(path)
+        try:
+            read_into(descriptor, memoryview(raw), start_of_storage, path)
+        finally:
+            os.close(descriptor)
+        flat = torch.frombuffer(raw, dtype=tensor.dtype)
+        tensor = flat.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

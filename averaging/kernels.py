@@ -1,0 +1,149 @@
+"""The arithmetic of the library, on single tensors or lists of tensors.
+
+Everything is computed in float32 or better, whatever the dtype of the weights, and rounded once.
+Averagers, soups and adapters hold no arithmetic of their own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Elements handled at a time on the CPU: the float64 accumulator and one converted operand stay
+# in the L2 cache, which is what makes a mean run at the speed of reading its inputs.
+CPU_BLOCK = 32 * 1024
+# On an accelerator a block only bounds the transient memory; it must be large enough to fill the chip.
+DEVICE_BLOCK = 16 * 1024 * 1024
+
+# Large enough for both cores of a small machine to share one operation.
+LERP_BLOCK = 256 * 1024
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype an average of ``dtype`` weights is kept and returned in: float32 or better.
+
+    Half precision widens to float32 (complex32 to complex64); float32, float64 and their complex
+    counterparts stay as they are.
+    """
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64, or complex128 for complex weights: exact for a sum of a few lower-precision numbers."""
+    return torch.promote_types(dtype, torch.float64)
+
+
+# For rounding float64 to half precision: the significant bits, and the exponents of the smallest and
+# the largest normal number.
+_HALF_FORMAT = {torch.bfloat16: (8, -126, 127), torch.float16: (11, -14, 15)}
+
+
+def round_into(out: Tensor, wide: Tensor) -> Tensor:
+    """Round float64 ``wide`` into ``out``'s dtype: to nearest, ties to even, in one rounding.
+
+    ``out.copy_(wide)`` rounds float64 → float32 → half, and a value next to a midpoint of two half
+    numbers may first be rounded onto the midpoint and then to the wrong side. So it is rounded to the
+    half format's precision within float64 first, by adding and subtracting a number so large that just
+    these bits survive the addition; the copy is then exact.
+    """
+    if out.is_complex():
+        round_into(torch.view_as_real(out), torch.view_as_real(wide))
+    elif out.dtype not in HALF:
+        out.copy_(wide)
+    else:
+        bits, lowest, highest = _HALF_FORMAT[out.dtype]
+        # 2**exponent of each value. Below `lowest` the format's spacing stays what it is there; above
+        # `highest` all becomes infinite, and an infinite addend would make it NaN.
+        power = (wide.view(torch.int64) & 0x7FF0000000000000).view(torch.float64)
+        power.clamp_(2.0**lowest, 2.0**highest * 2)
+        large = 1.5 * 2.0 ** (53 - bits)
+        out.copy_(torch.add(wide, power, alpha=large).sub_(power, alpha=large))
+    return out
+
+
+def combine(
+    blocks: Iterable[Tensor], out: Tensor, coefficients: Sequence[float] | None = None, divisor: float = 1.0
+) -> Tensor:
+    """Σ cᵢ·xᵢ / divisor in float64, summed in the order given and rounded once into ``out``.
+
+    Args:
+        blocks: at least one tensor, all alike; taken one after the other, so that they may share their memory.
+            Meant for pieces that fit the cache: two float64 copies of one are made.
+        out: where the result goes; its dtype is the result's. May lie on another device.
+        coefficients: one per tensor; ones if ``None``.
+        divisor: what the sum is divided by.
+    """
+    total: Tensor | None = None
+    for i, block in enumerate(blocks):
+        wide = block.to(_wide_dtype(block.dtype), copy=True)
+        if coefficients is not None:
+            wide *= coefficients[i]
+        total = wide if total is None else total.add_(wide)
+    assert total is not None
+    if math.frexp(divisor)[0] == 0.5:  # a power of two: multiplying is exact too, and faster
+        total *= 1 / divisor
+    else:
+        total /= divisor
+    return round_into(out, total.to(out.device))
+
+
+def mean(tensors: Sequence[Tensor], out: Tensor) -> Tensor:
+    """The mean of ``tensors``, summed in float64 and rounded once into ``out``.
+
+    Args:
+        tensors: at least one tensor; all of one shape, dtype and device.
+        out: where the result goes; its dtype is the result's. May lie on another device.
+
+    Transient memory is a few blocks, not a copy of the tensor.
+    """
+    flat_out = out.view(-1)
+    flats = [t.reshape(-1) for t in tensors]
+    block = CPU_BLOCK if flats[0].device.type == "cpu" else DEVICE_BLOCK
+    for start in range(0, flat_out.numel(), block):
+        part = slice(start, start + block)
+        combine([flat[part] for flat in flats], flat_out[part], divisor=len(flats))
+    return out
+
+
+def accumulators(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies of ``weights`` in float32 or better, on the same devices."""
+    return {name: tensor.detach().to(accumulator_dtype(tensor.dtype), copy=True) for name, tensor in weights.items()}
+
+
+def lerp_(accumulated: dict[str, Tensor], weights: Mapping[str, Tensor], weight: float) -> None:
+    """``accumulated ← accumulated + weight (weights − accumulated)``, in place, paired by name.
+
+    Accumulators that are not on their weights' device (after a restore) move there first. Half-precision weights
+    are widened block by block, so nothing the size of a tensor is ever allocated.
+    """
+    alike: tuple[list[Tensor], list[Tensor]] = ([], [])
+    wider: list[tuple[Tensor, Tensor]] = []
+    for name, target in accumulated.items():
+        source = weights[name]
+        if target.device != source.device:
+            target = accumulated[name] = target.to(source.device)
+        if target.dtype == source.dtype:
+            alike[0].append(target)
+            alike[1].append(source)
+        else:
+            wider.append((target, source))
+    if alike[0]:
+        torch._foreach_lerp_(alike[0], alike[1], weight)
+    scratch: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+    for target, source in wider:
+        block = LERP_BLOCK if source.device.type == "cpu" else DEVICE_BLOCK
+        if (key := (target.device, target.dtype)) not in scratch:
+            scratch[key] = torch.empty(block, dtype=target.dtype, device=target.device)
+        flat_target, flat_source = target.view(-1), source.reshape(-1)
+        for start in range(0, flat_target.numel(), block):
+            part = flat_source[start : start + block]
+            widened = scratch[key][: part.numel()].copy_(part)
+            flat_target[start : start + block].lerp_(widened, weight)

@@ -1,0 +1,304 @@
+"""Averages as callbacks for Lightning's Trainer.
+
+from averaging.lightning import LAWA
+trainer = Trainer(callbacks=LAWA(k=5))
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from contextlib import ExitStack
+from typing import Any, ClassVar
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
+from lightning.pytorch.trainer.states import RunningStage, TrainerFn
+from lightning.pytorch.utilities.seed import isolate_rng
+
+from averaging.apply import applied, load_into
+from averaging.averager import Averager
+from averaging.callbacks import ONLINE, CallbackCore, EMASettings, LAWASettings, SWASettings, require_different_names
+from averaging.weights import Weights, first_names, named_weights
+
+__all__ = ["EMA", "LAWA", "SWA", "AveragingCallback", "load_average"]
+
+KEY = "averaging"
+"""The key of a Lightning checkpoint under which the averages lie."""
+
+
+class AveragingCallback(CallbackCore, Callback):
+    """Keeps averages of the weights during Lightning's ``Trainer.fit``.
+
+    - Validation during ``fit`` measures the average. With ``evaluate="both"`` the online weights' metrics are logged
+      beside it: ``val_loss`` is the average's and ``online_val_loss`` theirs.
+    - A checkpoint's ``state_dict`` holds the weights being trained, and under the key ``averaging`` every average
+      and its state: ``module.load_state_dict(load_average("last.ckpt"))``. With ``checkpoint="average"`` the
+      ``state_dict`` itself is the average, and the weights being trained lie under the key.
+    - ``ModelCheckpoint(monitor=...)`` picks by what was measured, and ``validate``, ``test`` and ``predict`` with
+      ``ckpt_path=`` put that checkpoint's average into the model.
+    - When training ends (at ``on_fit_end``) the model holds the average. The online weights are in the last
+      checkpoint, and calling ``fit`` again with the same trainer continues from them.
+
+    Several of these callbacks in one run work together: the first one leads.
+    """
+
+    framework: ClassVar[str] = "lightning"
+    _evaluation: ExitStack | None = None
+    _online: Weights | None = None  # the weights being trained, while the model holds the average
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_evaluation"}
+
+    # ------------------------------------------------------------------ fit
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        averagers = self._all_averagers(trainer)
+        require_different_names(averagers)
+        if not self._leads(trainer) and (self.evaluate, self.checkpoint) != ("average", "online"):
+            warnings.warn(
+                f"evaluate= and checkpoint= of the callback for {self.averager.name!r} are ignored: "
+                f"the first averaging callback, for {averagers[0].name!r}, leads",
+                stacklevel=2,
+            )
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint) and callback.save_weights_only:
+                raise ValueError(
+                    "ModelCheckpoint(save_weights_only=True) leaves callbacks out of the checkpoint, and the averages "
+                    "with them: use save_weights_only=False"
+                )
+        if trainer.global_step != self.averager.step:  # not a second fit() of the same trainer: a new run
+            self._online = None
+            for averager in self.averagers:
+                averager.reset(trainer.global_step)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._online is not None and _holds(pl_module, self.averager):
+            load_into(pl_module, self._online)
+        self._online = None
+        batches = trainer.num_training_batches
+        steps_per_epoch = total = None
+        if isinstance(batches, int):
+            optimizers = 1 if pl_module.automatic_optimization else len(trainer.optimizers)
+            steps_per_epoch = -(-batches // trainer.accumulate_grad_batches) * optimizers
+            if trainer.max_epochs not in (None, -1):
+                total = steps_per_epoch * trainer.max_epochs
+        if trainer.max_steps != -1:
+            total = min(total or trainer.max_steps, trainer.max_steps)
+        for averager in self.averagers:
+            averager.prepare(total, steps_per_epoch)
+            if not averager.absorbed:
+                averager.reset(trainer.global_step, float(trainer.current_epoch))
+            averager.bind(pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        batches = trainer.num_training_batches
+        done = (batch_idx + 1) / batches if isinstance(batches, int) else 0.0
+        self.offer(pl_module, trainer.global_step, trainer.current_epoch + done)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Where the length of the data is not known, the end of an epoch is known only here.
+        self.offer(pl_module, trainer.global_step, trainer.current_epoch + 1.0)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Not at on_train_end, where ModelCheckpoint may still write the weights being trained.
+        if not self._leads(trainer):
+            return
+        if not self.averager.absorbed:
+            warnings.warn(
+                f"training ended before {self.averager.name!r} absorbed anything: the model keeps its trained weights",
+                stacklevel=2,
+            )
+            return
+        with ExitStack() as stack:
+            self._online = stack.enter_context(applied(pl_module, self.averager))
+            stack.pop_all()  # the average stays
+
+    # ------------------------------------------------------------------ evaluation
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.FITTING and self.evaluate != "online" and self._leads(trainer):
+            self._evaluation = ExitStack()
+            self._online = self._evaluation.enter_context(applied(pl_module, self.averager))
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._evaluation is None:
+            return
+        self._leave_evaluation()
+        if self.evaluate == "both" and not trainer.sanity_checking:
+            _validate_again(trainer, prefix="online_")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._leave_evaluation()
+
+    def _leave_evaluation(self) -> None:
+        if self._evaluation is not None:
+            self._evaluation.close()
+            self._evaluation = self._online = None
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if not self._leads(trainer):
+            return
+        state_dict = checkpoint["state_dict"]
+        averages: dict[str, dict[str, Any]] = {}
+        for averager in self._all_averagers(trainer):
+            average = averager.average(rounded=True) if averager.absorbed else {}
+            averages[averager.name] = {
+                "average": _entries(pl_module, state_dict, average),
+                "state": averager.state_dict(),
+            }
+        online = {key: state_dict[key] for key in averages[self.averager.name]["average"]}
+        if self._online is not None:
+            online = _entries(pl_module, state_dict, self._online)
+        # After training the model holds the average, and so does a checkpoint of it.
+        ended = self._online is not None and self._evaluation is None
+        held = self.averager.name if self.checkpoint == "average" or ended else ONLINE
+        payload: dict[str, Any] = {"held": held, "averages": averages}
+        if held == ONLINE:
+            checkpoint["state_dict"] = {**state_dict, **online}
+        else:
+            checkpoint["state_dict"] = {**state_dict, **averages[held].pop("average")}
+            payload[ONLINE] = online
+        checkpoint[KEY] = payload
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        payload = checkpoint.get(KEY)
+        if trainer.state.fn != TrainerFn.FITTING:
+            if self.evaluate != "online" and self._leads(trainer):
+                if payload is None or self.averager.name not in payload["averages"]:
+                    warnings.warn(
+                        f"the checkpoint holds no average {self.averager.name!r}: its weights are used as they are",
+                        stacklevel=2,
+                    )
+                else:
+                    pl_module.load_state_dict(payload["averages"][self.averager.name].get("average", {}), strict=False)
+            return
+        self._online = None
+        for averager in self.averagers:
+            averager.reset()
+            if payload is None or averager.name not in payload["averages"]:
+                self.missing_state(averager, "the checkpoint")
+            else:
+                averager.load_state_dict(payload["averages"][averager.name]["state"])
+        if payload is not None and self._leads(trainer):
+            pl_module.load_state_dict(payload.get(ONLINE, {}), strict=False)
+
+    # ------------------------------------------------------------------ who leads
+
+    @staticmethod
+    def _callbacks(trainer: Trainer) -> list[AveragingCallback]:
+        return [callback for callback in trainer.callbacks if isinstance(callback, AveragingCallback)]
+
+    def _leads(self, trainer: Trainer) -> bool:
+        return self._callbacks(trainer)[0] is self
+
+    def _all_averagers(self, trainer: Trainer) -> list[Averager]:
+        return [averager for callback in self._callbacks(trainer) for averager in callback.averagers]
+
+
+def load_average(checkpoint: str | os.PathLike[str], name: str | None = None) -> dict[str, torch.Tensor]:
+    """The state dict of the average in a Lightning checkpoint.
+
+        module = MyModule.load_from_checkpoint("last.ckpt")
+        module.load_state_dict(load_average("last.ckpt"))
+
+    Args:
+        checkpoint: a ``.ckpt`` file written during a run with an averaging callback.
+        name: which average; the leading one by default.
+
+    Returns:
+        What ``module.state_dict()`` would be with the average in the module: what is not averaged (buffers, frozen
+        parameters) is as in the checkpoint. On the CPU.
+
+    Raises:
+        ValueError: the checkpoint holds no average, or none of that name.
+    """
+    content = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    payload = content.get(KEY)
+    if payload is None:
+        raise ValueError(f"{os.fspath(checkpoint)}: holds no average; it was not written with an averaging callback")
+    averages = payload["averages"]
+    name = next(iter(averages)) if name is None else name
+    if name not in averages:
+        raise ValueError(f"{os.fspath(checkpoint)}: holds no average {name!r}, only {', '.join(averages)}")
+    average = averages[name].get("average", {})
+    if name != payload["held"]:
+        average = {**payload.get(ONLINE, {}), **average}
+    return {**content["state_dict"], **average}
+
+
+def _entries(module: LightningModule, state_dict: dict[str, Any], weights: Weights) -> dict[str, Any]:
+    """The entries of ``state_dict`` that ``weights`` covers, under all names of tied weights, with its values."""
+    first = first_names(module)
+    return {key: weights[first[key]] for key in state_dict if first.get(key) in weights}
+
+
+def _holds(module: LightningModule, averager: Averager) -> bool:
+    """Whether ``module`` holds the average, bit for bit."""
+    if not averager.absorbed:
+        return False
+    own = named_weights(module, frozen=True, buffers=True)
+    return all(torch.equal(own[name].cpu(), t.cpu()) for name, t in averager.average(rounded=True).items())
+
+
+def _validate_again(trainer: Trainer, prefix: str) -> None:
+    """Run the validation of ``fit`` once more on the model as it is, and log its metrics under ``prefix``.
+
+    A loop of its own beside the trainer's, so that progress, results and the random state of the run stay what they
+    are; the other callbacks have seen this validation once and do not see it again.
+    """
+    epoch_loop, connector = trainer.fit_loop.epoch_loop, trainer._logger_connector
+    own = epoch_loop.val_loop
+    again = _EvaluationLoop(
+        trainer, TrainerFn.FITTING, RunningStage.VALIDATING, verbose=False, inference_mode=own.inference_mode
+    )
+    again._data_source, again._combined_loader, again._max_batches = (
+        own._data_source,
+        own._combined_loader,
+        own._max_batches,
+    )
+    again._last_val_dl_reload_epoch = own._last_val_dl_reload_epoch
+    kept = {
+        attribute: getattr(connector, attribute)
+        for attribute in (
+            "_progress_bar_metrics",
+            "_callback_metrics",
+            "_logged_metrics",
+            "_first_loop_iter",
+            "_current_fx",
+        )
+    }
+    callbacks, loggers = trainer.callbacks, trainer.loggers
+    try:
+        epoch_loop.val_loop, trainer.callbacks, trainer.loggers = again, [], [DummyLogger()]
+        connector.reset_metrics()
+        with isolate_rng():
+            again.run()
+        metrics, logged = connector._callback_metrics, connector._logged_metrics
+    finally:
+        epoch_loop.val_loop, trainer.callbacks, trainer.loggers = own, callbacks, loggers
+        for attribute, value in kept.items():
+            setattr(connector, attribute, value)
+    connector._callback_metrics.update({prefix + name: value for name, value in metrics.items()})
+    connector.log_metrics({prefix + name: value for name, value in logged.items()})
+
+
+class LAWA(LAWASettings, AveragingCallback):
+    """`averaging.LAWA` for Lightning's Trainer."""
+
+
+class EMA(EMASettings, AveragingCallback):
+    """`averaging.EMA` for Lightning's Trainer."""
+
+
+class SWA(SWASettings, AveragingCallback):
+    """`averaging.SWA` for Lightning's Trainer."""

@@ -1,0 +1,182 @@
+"""Where snapshots live: on the weights' device, in CPU memory, or in a folder on disk.
+
+A memory holds sets of weights under string keys. What is stored is a verbatim copy.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import uuid
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from averaging.weights import Weights
+
+
+def memory(where: str | os.PathLike[str]) -> Memory:
+    """The memory that ``where`` names: ``"cpu"``, ``"device"``, or a folder on disk."""
+    if where == "cpu":
+        return TensorMemory("cpu")
+    if where == "device":
+        return TensorMemory(None)
+    return DiskMemory(Path(where))
+
+
+class Memory(ABC):
+    """Sets of weights under keys."""
+
+    @abstractmethod
+    def store(self, key: str, weights: Weights, recycle: str | None = None) -> None:
+        """Keep a copy of ``weights`` under ``key``, in place of those under ``recycle`` if given."""
+
+    @abstractmethod
+    def __getitem__(self, key: str) -> Weights:
+        """The weights stored under ``key``."""
+
+    @abstractmethod
+    def restore(self, snapshots: Mapping[str, Weights]) -> None:
+        """Forget everything held and keep copies of ``snapshots``."""
+
+    def save(self, key: str, file: Path) -> None:
+        """Write the weights under ``key`` to ``file``, a safetensors file."""
+        save_file(dict(self[key]), file)
+
+
+class TensorMemory(Memory):
+    """Snapshots as tensors: on ``device``, or where the weights are when it is None."""
+
+    def __init__(self, device: str | None) -> None:
+        self._device = device
+        self._snapshots: dict[str, dict[str, Tensor]] = {}
+
+    def store(self, key: str, weights: Weights, recycle: str | None = None) -> None:
+        # An evicted snapshot's tensors are written over: absorbing allocates nothing once the ring is full.
+        kept = self._snapshots.pop(recycle) if recycle else None
+        if kept is None or any(kept[name].device != self._home(tensor) for name, tensor in weights.items()):
+            kept = {name: torch.empty_like(tensor, device=self._home(tensor)) for name, tensor in weights.items()}
+        torch._foreach_copy_([kept[name] for name in weights], list(weights.values()))
+        self._snapshots[key] = kept
+
+    def _home(self, tensor: Tensor) -> torch.device:
+        return tensor.device if self._device is None else torch.device(self._device)
+
+    def __getitem__(self, key: str) -> Weights:
+        return self._snapshots[key]
+
+    def restore(self, snapshots: Mapping[str, Weights]) -> None:
+        self._snapshots = {
+            key: {
+                name: tensor.detach().to(self._device or tensor.device, copy=True) for name, tensor in weights.items()
+            }
+            for key, weights in snapshots.items()
+        }
+
+
+class DiskMemory(Memory):
+    """Snapshots as safetensors files, in a folder of its own below ``folder`` for every run.
+
+    The files of an earlier run are in another sub-folder and never read. The sub-folder is removed when
+    the snapshots are dropped, the averager is garbage-collected or the process ends; a kill leaves it behind.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._run: Path | None = None
+        self._cleanup: weakref.finalize[[Any], DiskMemory] | None = None
+
+    def _file(self, key: str) -> Path:
+        if self._run is None:
+            self._run = self._folder / f"run-{uuid.uuid4().hex[:12]}"
+            self._run.mkdir(parents=True)
+            self._cleanup = weakref.finalize(self, shutil.rmtree, self._run, ignore_errors=True)
+        return self._run / f"{key}.safetensors"
+
+    def store(self, key: str, weights: Weights, recycle: str | None = None) -> None:
+        file = self._file(key)
+        partial = file.with_suffix(".partial")
+        try:
+            # Never rewrite a file in place: a mean may be reading it, or a checkpoint be linked to it.
+            save_file({name: tensor.detach().contiguous() for name, tensor in weights.items()}, partial)
+            os.replace(partial, file)
+        except (OSError, SafetensorError) as error:
+            partial.unlink(missing_ok=True)
+            size = sum(tensor.nbytes for tensor in weights.values())
+            raise OSError(
+                getattr(error, "errno", None) or errno.ENOSPC,
+                f"cannot store a snapshot of {size / 1e6:.1f} MB ({error}). The snapshots stored before are intact: "
+                'make room and go on, or resume from the last checkpoint with memory="cpu"',
+                str(file),
+            ) from error
+        if recycle:
+            self._file(recycle).unlink(missing_ok=True)
+
+    def __getitem__(self, key: str) -> Weights:
+        return SnapshotFile(self._file(key))
+
+    def restore(self, snapshots: Mapping[str, Weights]) -> None:
+        self.clear()
+        for key, weights in snapshots.items():
+            if isinstance(weights, SnapshotFile):
+                _link(weights.file, self._file(key))
+            else:
+                self.store(key, weights)
+
+    def save(self, key: str, file: Path) -> None:
+        _link(self._file(key), file)
+
+    def clear(self) -> None:
+        if self._cleanup is not None:
+            self._cleanup()
+        self._run = self._cleanup = None
+
+    def __getstate__(self) -> dict[str, object]:
+        # A copy made by pickling must not delete the files of the original.
+        return {"_folder": self._folder, "_run": None, "_cleanup": None}
+
+
+def _link(source: Path, target: Path) -> None:
+    """A hard link where the file system has them, else a copy: snapshots are never written to again."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+class SnapshotFile(Mapping[str, "Tensor"]):
+    """The weights in a safetensors file, read tensor by tensor when asked for.
+
+    Raises:
+        FileNotFoundError, ValueError: when the file is missing or is not a whole safetensors file.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        try:
+            self._open: Any = safe_open(file, framework="pt")
+        except SafetensorError as error:
+            raise ValueError(f"{file}: not a complete safetensors file ({error})") from error
+        self._names: list[str] = [*self._open.keys()]
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        tensor: Tensor = self._open.get_tensor(name)
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)

@@ -1,0 +1,138 @@
+"""Named weights: what a model, a snapshot and a checkpoint have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Weights = Mapping[str, "Tensor"]
+"""A mapping from parameter name to tensor."""
+
+# Path components that wrappers insert into the names of a model's parameters.
+_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel, DataParallel and torch.compile's wrapper."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            return model
+
+
+def _plain(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def _averageable(tensor: Tensor) -> bool:
+    # One byte floats are storage formats of quantised models: they have no arithmetic.
+    return (tensor.is_floating_point() or tensor.is_complex()) and (tensor.itemsize > 1)
+
+
+def _refuse_sharded(module: nn.Module) -> None:
+    """Raise for engines whose parameters are not the whole weights: their average would be silently wrong."""
+    for part in module.modules():
+        if type(part).__name__ == "FullyShardedDataParallel":
+            raise ValueError(
+                "the model is sharded by FullyShardedDataParallel (FSDP1), which is not supported: "
+                "train with DDP, or average the saved checkpoints afterwards with `soup`"
+            )
+    for name, parameter in module.named_parameters():
+        engine = None
+        if hasattr(parameter, "ds_id"):
+            engine = "DeepSpeed ZeRO-3"
+        elif type(parameter).__name__ == "DTensor" or hasattr(parameter, "placements"):
+            engine = "FSDP2 or tensor parallelism (DTensor)"
+        elif parameter.is_meta:
+            engine = "the meta device"
+        if engine:
+            raise ValueError(
+                f"parameter {name!r} is held by {engine}, which is not supported: "
+                "train with DDP, or average the saved checkpoints afterwards with `soup`"
+            )
+
+
+class Binding:
+    """The tensors of a model that are averaged, found once and checked cheaply ever after.
+
+    Walking a large model's modules costs as much as averaging a small one's weights. The walk is repeated
+    only when a parameter was replaced, frozen or unfrozen since.
+    """
+
+    def __init__(self, module: nn.Module, *, frozen: bool = False, buffers: bool = False) -> None:
+        self.module = module
+        inner = unwrap(module)
+        _refuse_sharded(inner)
+        self._watched: list[tuple[dict[str, Tensor | None], str, Tensor, bool]] = []
+        self.weights: dict[str, Tensor] = {}
+        seen: set[int] = set()
+        for prefix, part in inner.named_modules():
+            for key, parameter in part._parameters.items():
+                if parameter is None or id(parameter) in seen:
+                    continue
+                # By identity: a tied weight counts once, under its first name.
+                seen.add(id(parameter))
+                self._watched.append((part._parameters, key, parameter, parameter.requires_grad))
+                if _averageable(parameter) and (frozen or parameter.requires_grad):
+                    self.weights[_plain(f"{prefix}.{key}" if prefix else key)] = parameter
+        if buffers:
+            for name, buffer in inner.named_buffers():
+                if _averageable(buffer):
+                    self.weights[_plain(name)] = buffer
+        if not self.weights:
+            raise ValueError(
+                f"{type(inner).__name__} has nothing to average: none of its floating-point parameters requires "
+                "grad. Unfreeze some before training starts, or pass frozen=True to average frozen ones too"
+            )
+
+    def is_current(self, module: nn.Module) -> bool:
+        """Whether ``module`` is the model bound, with the same parameters, frozen as they were."""
+        return module is self.module and all(
+            owner.get(key) is parameter and parameter.requires_grad is trained
+            for owner, key, parameter, trained in self._watched
+        )
+
+
+def named_weights(model: nn.Module, *, frozen: bool = False, buffers: bool = False) -> dict[str, Tensor]:
+    """The weights of ``model`` that averaging is about: name → tensor, sharing the model's memory.
+
+    By default its floating-point (or complex) parameters that require grad, each once: a tied weight appears
+    under its first name only. Names are those of the bare model, without what DistributedDataParallel and
+    torch.compile add to them.
+
+    Args:
+        model: the model, wrapped or not.
+        frozen: also the parameters that do not require grad.
+        buffers: also the floating-point buffers (BatchNorm's running statistics).
+
+    Raises:
+        ValueError: nothing to average, or the model is sharded by an engine that is not supported.
+    """
+    return {name: tensor.detach() for name, tensor in Binding(model, frozen=frozen, buffers=buffers).weights.items()}
+
+
+def every_name(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """All parameters and buffers of ``model`` under all their names, those of tied weights included."""
+    inner = unwrap(model)
+    for name, tensor in (*inner.named_parameters(remove_duplicate=False), *inner.named_buffers(remove_duplicate=False)):
+        yield _plain(name), tensor
+
+
+def first_names(model: nn.Module) -> dict[str, str]:
+    """Every name that ``model.state_dict()`` may use → the name under which `named_weights` has that tensor."""
+    first: dict[int, str] = {}
+    return {
+        name: first.setdefault(id(tensor), _plain(name))
+        for name, tensor in (
+            *model.named_parameters(remove_duplicate=False),
+            *model.named_buffers(remove_duplicate=False),
+        )
+    }
