@@ -7,7 +7,7 @@ Averagers, soups and adapters hold no arithmetic of their own.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,8 +21,8 @@ CPU_BLOCK = 32 * 1024
 # On an accelerator a block only bounds the transient memory; it must be large enough to fill the chip.
 DEVICE_BLOCK = 16 * 1024 * 1024
 
-# Large enough for both cores of a small machine to share one operation.
-LERP_BLOCK = 256 * 1024
+# Large enough that starting an operation on all cores costs little, small enough for the L3 cache.
+LERP_BLOCK = 1024 * 1024
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -122,10 +122,10 @@ def lerp_(accumulated: dict[str, Tensor], weights: Mapping[str, Tensor], weight:
     """``accumulated ← accumulated + weight (weights − accumulated)``, in place, paired by name.
 
     Accumulators that are not on their weights' device (after a restore) move there first. Half-precision weights
-    are widened block by block, so nothing the size of a tensor is ever allocated.
+    are widened block by block, so nothing the size of the model is ever allocated.
     """
     alike: tuple[list[Tensor], list[Tensor]] = ([], [])
-    wider: list[tuple[Tensor, Tensor]] = []
+    wider: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, Tensor]]] = {}
     for name, target in accumulated.items():
         source = weights[name]
         if target.device != source.device:
@@ -134,16 +134,40 @@ def lerp_(accumulated: dict[str, Tensor], weights: Mapping[str, Tensor], weight:
             alike[0].append(target)
             alike[1].append(source)
         else:
-            wider.append((target, source))
+            wider.setdefault((target.device, target.dtype), []).append((target, source))
     if alike[0]:
         torch._foreach_lerp_(alike[0], alike[1], weight)
-    scratch: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-    for target, source in wider:
-        block = LERP_BLOCK if source.device.type == "cpu" else DEVICE_BLOCK
-        if (key := (target.device, target.dtype)) not in scratch:
-            scratch[key] = torch.empty(block, dtype=target.dtype, device=target.device)
-        flat_target, flat_source = target.view(-1), source.reshape(-1)
-        for start in range(0, flat_target.numel(), block):
-            part = flat_source[start : start + block]
-            widened = scratch[key][: part.numel()].copy_(part)
-            flat_target[start : start + block].lerp_(widened, weight)
+    for (device, dtype), pairs in wider.items():
+        block = LERP_BLOCK if device.type == "cpu" else DEVICE_BLOCK
+        scratch = torch.empty(min(block, sum(target.numel() for target, _ in pairs)), dtype=dtype, device=device)
+        for targets, sources in _batches(pairs, block):
+            sizes = [target.numel() for target in targets]
+            parts = scratch[: sum(sizes)].split(sizes)
+            widened = [part.view(target.shape) for part, target in zip(parts, targets, strict=True)]
+            torch._foreach_copy_(widened, sources)
+            torch._foreach_lerp_(targets, widened, weight)
+
+
+def _batches(pairs: Iterable[tuple[Tensor, Tensor]], block: int) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
+    """``pairs`` in groups of at most ``block`` elements: large ones in pieces, small ones together."""
+    batch: tuple[list[Tensor], list[Tensor]] = ([], [])
+    room = block
+    for pair in pairs:
+        for target, source in _pieces(*pair, block):
+            if target.numel() > room:
+                yield batch
+                batch, room = ([], []), block
+            batch[0].append(target)
+            batch[1].append(source)
+            room -= target.numel()
+    yield batch
+
+
+def _pieces(target: Tensor, source: Tensor, block: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Views that make up both tensors, of at most ``block`` elements, whatever the tensors' strides."""
+    if target.numel() <= block:
+        yield target, source
+        return
+    outermost = max((dim for dim, length in enumerate(target.shape) if length > 1), key=target.stride)
+    for half in zip(target.chunk(2, outermost), source.chunk(2, outermost), strict=True):
+        yield from _pieces(*half, block)

@@ -117,9 +117,10 @@ class AveragingCallback(CallbackCore, Callback):
                 stacklevel=2,
             )
             return
-        with ExitStack() as stack:
-            self._online = stack.enter_context(applied(pl_module, self.averager))
-            stack.pop_all()  # the average stays
+        own = named_weights(pl_module, frozen=True, buffers=True)
+        online = {name: own[name].to("cpu", copy=True) for name in self.averager.average(rounded=True)}
+        load_into(pl_module, self.averager)
+        self._online = online
 
     # ------------------------------------------------------------------ evaluation
 
