@@ -41,9 +41,9 @@ def _wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float64)
 
 
-# For rounding float64 to half precision: the significant bits, and the exponents of the smallest and
-# the largest normal number.
-_HALF_FORMAT = {torch.bfloat16: (8, -126, 127), torch.float16: (11, -14, 15)}
+# Of each half format: its significant bits, the exponents of its smallest and largest normal numbers,
+# and the bits of its smallest normal number.
+_HALF_FORMAT = {torch.bfloat16: (8, -126, 127, 0x0080), torch.float16: (11, -14, 15, 0x0400)}
 
 
 def round_into(out: Tensor, wide: Tensor) -> Tensor:
@@ -56,16 +56,21 @@ def round_into(out: Tensor, wide: Tensor) -> Tensor:
     """
     if out.is_complex():
         round_into(torch.view_as_real(out), torch.view_as_real(wide))
-    elif out.dtype not in HALF:
-        out.copy_(wide)
-    else:
-        bits, lowest, highest = _HALF_FORMAT[out.dtype]
-        # 2**exponent of each value. Below `lowest` the format's spacing stays what it is there; above
-        # `highest` all becomes infinite, and an infinite addend would make it NaN.
+        return out
+    if out.dtype not in HALF:
+        return out.copy_(wide)
+    bits, lowest, highest, normal = _HALF_FORMAT[out.dtype]
+    # The value itself, shifted up, is such a number (Veltkamp). A midpoint has zeros for its last bits,
+    # so the shifted value is even and the addition's ties go to even as they should.
+    shift = 2.0 ** (53 - bits)
+    out.copy_(torch.add(wide, wide, alpha=shift).sub_(wide, alpha=shift))
+    # Not so for results that are zero (the sign), subnormal (fewer bits), infinite or NaN: their exponent
+    # bits are all zeros or all ones, the smallest numbers once one is added and the sign bit overflows.
+    if ((out.view(torch.int16) & (0x8000 - normal)) + normal).amin() <= normal:
         power = (wide.view(torch.int64) & 0x7FF0000000000000).view(torch.float64)
         power.clamp_(2.0**lowest, 2.0**highest * 2)
-        large = 1.5 * 2.0 ** (53 - bits)
-        out.copy_(torch.add(wide, power, alpha=large).sub_(power, alpha=large))
+        shift *= 1.5
+        out.copy_(torch.add(wide, power, alpha=shift).sub_(power, alpha=shift).copysign_(wide))
     return out
 
 
@@ -142,7 +147,7 @@ def lerp_(accumulated: dict[str, Tensor], weights: Mapping[str, Tensor], weight:
         scratch = torch.empty(min(block, sum(target.numel() for target, _ in pairs)), dtype=dtype, device=device)
         for targets, sources in _batches(pairs, block):
             sizes = [target.numel() for target in targets]
-            parts = scratch[: sum(sizes)].split(sizes)
+            parts = torch.split(scratch[: sum(sizes)], sizes)
             widened = [part.view(target.shape) for part, target in zip(parts, targets, strict=True)]
             torch._foreach_copy_(widened, sources)
             torch._foreach_lerp_(targets, widened, weight)

@@ -196,7 +196,7 @@ class AveragingCallback(CallbackCore, Callback):
     # ------------------------------------------------------------------ who leads
 
     @staticmethod
-    def _callbacks(trainer: Trainer) -> list[AveragingCallback]:
+    def _callbacks(trainer: Any) -> list[AveragingCallback]:
         return [callback for callback in trainer.callbacks if isinstance(callback, AveragingCallback)]
 
     def _leads(self, trainer: Trainer) -> bool:
@@ -251,7 +251,7 @@ def _holds(module: LightningModule, averager: Averager) -> bool:
     return all(torch.equal(own[name].cpu(), t.cpu()) for name, t in averager.average(rounded=True).items())
 
 
-def _validate_again(trainer: Trainer, prefix: str) -> None:
+def _validate_again(trainer: Any, prefix: str) -> None:
     """Run the validation of ``fit`` once more on the model as it is, and log its metrics under ``prefix``.
 
     A loop of its own beside the trainer's, so that progress, results and the random state of the run stay what they

@@ -12,6 +12,7 @@ import uuid
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,24 +95,24 @@ class DiskMemory(Memory):
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._run: Path | None = None
-        self._cleanup: weakref.finalize[[Any], DiskMemory] | None = None
+        self._cleanup: Any = None
 
     def _file(self, key: str) -> Path:
         if self._run is None:
             self._run = self._folder / f"run-{uuid.uuid4().hex[:12]}"
             self._run.mkdir(parents=True)
-            self._cleanup = weakref.finalize(self, shutil.rmtree, self._run, ignore_errors=True)
+            self._cleanup = weakref.finalize(self, partial(shutil.rmtree, self._run, ignore_errors=True))
         return self._run / f"{key}.safetensors"
 
     def store(self, key: str, weights: Weights, recycle: str | None = None) -> None:
         file = self._file(key)
-        partial = file.with_suffix(".partial")
+        unfinished = file.with_suffix(".partial")
         try:
             # Never rewrite a file in place: a mean may be reading it, or a checkpoint be linked to it.
-            save_file({name: tensor.detach().contiguous() for name, tensor in weights.items()}, partial)
-            os.replace(partial, file)
+            save_file({name: tensor.detach().contiguous() for name, tensor in weights.items()}, unfinished)
+            os.replace(unfinished, file)
         except (OSError, SafetensorError) as error:
-            partial.unlink(missing_ok=True)
+            unfinished.unlink(missing_ok=True)
             size = sum(tensor.nbytes for tensor in weights.values())
             raise OSError(
                 getattr(error, "errno", None) or errno.ENOSPC,
@@ -167,7 +168,7 @@ class SnapshotFile(Mapping[str, "Tensor"]):
             self._open: Any = safe_open(file, framework="pt")
         except SafetensorError as error:
             raise ValueError(f"{file}: not a complete safetensors file ({error})") from error
-        self._names: list[str] = [*self._open.keys()]
+        self._names: list[str] = [*self._open.keys()]  # type: ignore[no-untyped-call]
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names:

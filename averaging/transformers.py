@@ -32,7 +32,7 @@ from averaging.callbacks import ONLINE, CallbackCore, EMASettings, LAWASettings,
 __all__ = ["EMA", "LAWA", "SWA", "AveragingCallback"]
 
 
-class AveragingCallback(CallbackCore, TrainerCallback):  # type: ignore[misc]
+class AveragingCallback(CallbackCore, TrainerCallback):
     """Keeps averages of the weights during `transformers.Trainer.train`.
 
     - Every evaluation and prediction until training ends measures the average. With ``evaluate="both"`` the online
@@ -119,7 +119,7 @@ class AveragingCallback(CallbackCore, TrainerCallback):  # type: ignore[misc]
 
     # ------------------------------------------------------------------ around the trainer's methods
 
-    def _attach(self, trainer: Trainer, averagers: list[Averager]) -> None:
+    def _attach(self, trainer: Any, averagers: list[Averager]) -> None:
         if self._detach is not None:
             self._detach()  # the run before ended with an exception
         evaluation_loop, save_model = trainer.evaluation_loop, trainer.save_model
@@ -164,7 +164,7 @@ class AveragingCallback(CallbackCore, TrainerCallback):  # type: ignore[misc]
         trainer.evaluation_loop, trainer.save_model = evaluate, save
         self._detach = detach
 
-    def _restore_online(self, trainer: Trainer, checkpoint: Path, averagers: list[Averager]) -> None:
+    def _restore_online(self, trainer: Any, checkpoint: Path, averagers: list[Averager]) -> None:
         """Undo what Trainer's own resuming makes of the folders that lie in a checkpoint beside the model."""
         if (checkpoint / ONLINE).is_dir():
             trainer._load_from_checkpoint(str(checkpoint / ONLINE))
@@ -176,7 +176,7 @@ class AveragingCallback(CallbackCore, TrainerCallback):  # type: ignore[misc]
 
 def _running_trainer(
     callback: TrainerCallback, args: TrainingArguments, state: TrainerState
-) -> tuple[Trainer, Path | None]:
+) -> tuple[Any, Path | None]:
     """The trainer whose `train` is calling ``callback``, and the checkpoint it resumes from.
 
     Callbacks are handed neither. Both stand in the frames that the call came through.

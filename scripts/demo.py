@@ -301,6 +301,7 @@ def main() -> None:
     started = time.monotonic()
     torch.set_num_threads(2)
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     shutil.rmtree(OUT, ignore_errors=True)
     transformer, equal_there = train_transformer(OUT / "transformer")

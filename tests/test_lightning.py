@@ -31,8 +31,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create"),
     pytest.mark.filterwarnings("ignore:.*resuming from a checkpoint that ended before the epoch ended"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning:lightning"),
-    pytest.mark.filterwarnings("ignore:.*:FutureWarning:lightning"),
+    pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec.* is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:[\\s\\S]*JsonargparseDeprecationWarning"),
 ]
 
 BATCHES = 4  # in an epoch
@@ -163,13 +163,15 @@ def make_trainer(folder: Path, *callbacks: Callback, epochs: int = EPOCHS, **opt
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     saves = any(isinstance(callback, ModelCheckpoint) for callback in callbacks)
     options = {**quiet, "enable_checkpointing": saves, "num_sanity_val_steps": 0, **options}
-    return Trainer(
-        accelerator="cpu", max_epochs=epochs, default_root_dir=folder, callbacks=list(callbacks), **options
-    )
+    return Trainer(accelerator="cpu", max_epochs=epochs, default_root_dir=folder, callbacks=list(callbacks), **options)
 
 
 def fit(
-    folder: Path, *callbacks: Callback, module: LightningModule | None = None, ckpt_path: Path | None = None, **options: Any
+    folder: Path,
+    *callbacks: Callback,
+    module: LightningModule | None = None,
+    ckpt_path: Path | None = None,
+    **options: Any,
 ) -> tuple[Trainer, LightningModule, Recorder]:
     recorder = Recorder()
     module = Regression() if module is None else module
@@ -246,7 +248,9 @@ def test_lightning_cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "  - class_path: averaging.lightning.LAWA\n    init_args: {k: 3, every: 2, checkpoint: average}\n"
         "  - class_path: averaging.lightning.EMA\n    init_args: {half_life: 10%}\n"
     )
-    cli = LightningCLI(Regression, args=["--config", str(config)], run=False, save_config_callback=None, seed_everything_default=0)
+    cli = LightningCLI(
+        Regression, args=["--config", str(config)], run=False, save_config_callback=None, seed_everything_default=0
+    )
     lawa, ema = (callback for callback in cli.trainer.callbacks if isinstance(callback, AveragingCallback))
     assert isinstance(lawa, LAWA)
     assert (lawa.averager.k, lawa.averager.every.amount, lawa.checkpoint) == (3, 2, "average")
@@ -254,25 +258,30 @@ def test_lightning_cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("as_list", [False, True])
-def test_a_plain_averager_fails_at_once(as_list: bool, tmp_path: Path) -> None:
+def test_a_plain_averager_fails_at_once(as_list: bool) -> None:
     plain: Any = averaging.LAWA(k=5)
-    with pytest.raises(Exception, match=r"from averaging\.lightning import LAWA"):
-        Trainer(callbacks=[plain] if as_list else plain, logger=False, accelerator="cpu").fit(Regression())
+    with pytest.raises((AttributeError, TypeError), match=r"from averaging\.lightning import LAWA"):
+        Trainer(callbacks=[plain] if as_list else plain, logger=False, accelerator="cpu")
 
 
-def test_the_other_trainers_callback_fails() -> None:
-    transformers = pytest.importorskip("averaging.transformers")
-    callback: Any = transformers.LAWA(k=5)
-    with pytest.raises(AttributeError, match=r"import it from averaging\.lightning"):
-        Trainer(callbacks=callback, logger=False, accelerator="cpu").fit(Regression())
+@pytest.mark.parametrize("as_list", [False, True])
+def test_the_other_trainers_callback_fails(as_list: bool) -> None:
+    pytest.importorskip("transformers")
+    from averaging.transformers import LAWA as Other
+
+    callback: Any = Other(k=5)
+    with pytest.raises((AttributeError, TypeError), match=r"import it from averaging\.lightning"):
+        Trainer(callbacks=[callback] if as_list else callback, logger=False, accelerator="cpu").fit(Regression())
 
 
 @pytest.mark.parametrize("together", [False, True])
 def test_two_averages_of_one_name_are_an_error(together: bool, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="2 averages are named 'ema'"):
-        if together:
+        _ = (
             AveragingCallback(averaging.EMA(0.9), averaging.EMA(0.99))
-        fit(tmp_path, EMA(0.9), EMA(0.99))
+            if together
+            else fit(tmp_path, EMA(0.9), EMA(0.99))
+        )
 
 
 def test_checkpoints_without_callbacks_are_an_error(tmp_path: Path) -> None:
@@ -346,7 +355,7 @@ def test_the_default_window_is_one_percent_of_the_run(tmp_path: Path) -> None:
 
 def test_tied_weights(tmp_path: Path) -> None:
     callback = LAWA(k=2, every=2)
-    trainer, module, recorder = fit(tmp_path, callback, every_step(tmp_path), module=Tied())
+    _, module, recorder = fit(tmp_path, callback, every_step(tmp_path), module=Tied())
     assert module.net[2].weight is module.net[0].weight
     assert same(weights_of(module), recorder.mean(10, 12))
     average = load_average(tmp_path / "step=12.ckpt")
@@ -486,9 +495,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(checkpoint: Any, memory: str
     _, module, recorder = fit(tmp_path, *straight, every_step(tmp_path))
     for cut in (1, 3, 4, 7, 9, 12):
         resumed = averages(place, checkpoint=checkpoint)
-        _, other, rest = fit(
-            tmp_path, *resumed, module=Regression(seed=1), ckpt_path=tmp_path / f"step={cut}.ckpt"
-        )
+        _, other, rest = fit(tmp_path, *resumed, module=Regression(seed=1), ckpt_path=tmp_path / f"step={cut}.ckpt")
         assert same(rest.online, {step: recorder.online[step] for step in recorder.online if step > cut})
         assert same(state(*resumed), state(*straight))
         assert same(weights_of(other), weights_of(module))

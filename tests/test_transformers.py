@@ -8,7 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 import averaging
 from averaging import load_into, named_weights
@@ -183,7 +190,9 @@ def test_the_other_way_round(tmp_path):
 
 def three(memory="cpu", checkpoint="online"):
     lawa = averaging.LAWA(k=3, every=3, memory=memory)
-    return AveragingCallback(lawa, averaging.EMA(0.9, warmup="debias"), averaging.SWA(2, every=1), checkpoint=checkpoint)
+    return AveragingCallback(
+        lawa, averaging.EMA(0.9, warmup="debias"), averaging.SWA(2, every=1), checkpoint=checkpoint
+    )
 
 
 @pytest.mark.parametrize(
@@ -238,7 +247,7 @@ def test_damaged_state_and_another_models_state(tmp_path):
     numbers = json.loads(state.read_text())
     numbers["layout"] = {f"other.{name}": value for name, value in numbers["layout"].items()}
     state.write_text(json.dumps(numbers))
-    with pytest.raises(ValueError, match="damaged|averaged so far"):
+    with pytest.raises(ValueError, match=r"damaged|averaged so far"):
         trainer(tmp_path, [EMA(0.9)], steps=16).train(resume_from_checkpoint=True)
 
 
