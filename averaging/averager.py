@@ -6,7 +6,7 @@ import json
 import re
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -384,10 +384,17 @@ class Averager(ABC):
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("on_") or name in ("setup", "state_key"):
-            kind = type(self).__name__
-            raise AttributeError(
-                f"averaging.{kind} is a plain averager for your own training loop, not a trainer's callback: "
-                f"use `from averaging.lightning import {kind}` or `from averaging.transformers import {kind}` "
-                "(or wrap it: AveragingCallback(averager))"
-            )
+            raise AttributeError(self._not_a_callback())
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __iter__(self) -> Iterator[Any]:
+        # Lightning takes what is not its own callback for a list of callbacks.
+        raise TypeError(self._not_a_callback())
+
+    def _not_a_callback(self) -> str:
+        kind = type(self).__name__
+        return (
+            f"averaging.{kind} is a plain averager for your own training loop, not a trainer's callback: "
+            f"use `from averaging.lightning import {kind}` or `from averaging.transformers import {kind}` "
+            "(or wrap it: AveragingCallback(averager))"
+        )

@@ -7,6 +7,7 @@ out its arguments, and one line in either adapter.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
 from torch import nn
@@ -98,12 +99,17 @@ class CallbackCore:
         ) from error
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("on_") or name == "state_key":
-            other = {"lightning": "transformers", "transformers": "lightning"}[self.framework]
-            raise AttributeError(
-                f"this {type(self).__name__} is a callback for {self.framework}: import it from averaging.{other}"
-            )
+        if name.startswith("on_") or name in ("setup", "state_key"):
+            raise AttributeError(self._other_trainers())
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __iter__(self) -> Iterator[Any]:
+        # Lightning takes what is not its own callback for a list of callbacks.
+        raise TypeError(self._other_trainers())
+
+    def _other_trainers(self) -> str:
+        other = {"lightning": "transformers", "transformers": "lightning"}[self.framework]
+        return f"this {type(self).__name__} is a callback for {self.framework}: import it from averaging.{other}"
 
 
 def require_different_names(averagers: list[Averager]) -> None:

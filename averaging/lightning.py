@@ -41,7 +41,8 @@ class AveragingCallback(CallbackCore, Callback):
     - ``ModelCheckpoint(monitor=...)`` picks by what was measured, and ``validate``, ``test`` and ``predict`` with
       ``ckpt_path=`` put that checkpoint's average into the model.
     - When training ends (at ``on_fit_end``) the model holds the average. The online weights are in the last
-      checkpoint, and calling ``fit`` again with the same trainer continues from them.
+      checkpoint, and calling ``fit`` again with the same trainer continues from them (with new optimizers, as
+      Lightning makes them; resume from the checkpoint to keep their state).
 
     Several of these callbacks in one run work together: the first one leads.
     """

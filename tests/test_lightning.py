@@ -32,7 +32,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create"),
     pytest.mark.filterwarnings("ignore:.*resuming from a checkpoint that ended before the epoch ended"),
     pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec.* is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:[\\s\\S]*JsonargparseDeprecationWarning"),
 ]
 
 BATCHES = 4  # in an epoch
@@ -242,6 +241,7 @@ def test_needs_no_list() -> None:
 
 def test_lightning_cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["train"])
+    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning's own use of it
     config = tmp_path / "config.yaml"
     config.write_text(
         "trainer:\n  logger: false\n  accelerator: cpu\n  callbacks:\n"
