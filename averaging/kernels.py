@@ -45,52 +45,81 @@ def _wide_dtype(dtype: torch.dtype) -> torch.dtype:
 _HALF_FORMAT = {torch.bfloat16: (8, -126, 127), torch.float16: (11, -14, 15)}
 
 
-def round_into(out: Tensor, wide: Tensor) -> Tensor:
+def round_into(out: Tensor, wide: Tensor, spare: Tensor | None = None) -> Tensor:
     """Round float64 ``wide`` into ``out``'s dtype: to nearest, ties to even, in one rounding.
 
     ``out.copy_(wide)`` rounds float64 → float32 → half, and a value next to a midpoint of two half
     numbers may first be rounded onto the midpoint and then to the wrong side. So it is rounded to the
     half format's precision within float64 first, by adding and subtracting a number so large that just
     these bits survive the addition; the copy is then exact. (A zero comes out positive.)
+
+    Args:
+        out: where the result goes.
+        wide: float64, or complex128 for a complex result; on ``out``'s device.
+        spare: a tensor like ``wide``. With it no memory is allocated, but ``wide`` is overwritten.
     """
     if out.is_complex():
         round_into(torch.view_as_real(out), torch.view_as_real(wide))
         return out
     if out.dtype not in HALF:
         return out.copy_(wide)
+    power, rounded = (torch.empty_like(wide), torch.empty_like(wide)) if spare is None else (spare, wide)
     bits, lowest, highest = _HALF_FORMAT[out.dtype]
     # 2**exponent of each value. Below `lowest` the format's spacing stays what it is there; above
     # `highest` all becomes infinite, and an infinite addend would make it NaN.
-    power = (wide.view(torch.int64) & 0x7FF0000000000000).view(torch.float64)
+    torch.bitwise_and(wide.view(torch.int64), 0x7FF0000000000000, out=power.view(torch.int64))
     power.clamp_(2.0**lowest, 2.0**highest * 2)
     shift = 1.5 * 2.0 ** (53 - bits)
-    return out.copy_(torch.add(wide, power, alpha=shift).sub_(power, alpha=shift))
+    torch.add(wide, power, alpha=shift, out=rounded)
+    return out.copy_(rounded.sub_(power, alpha=shift))
 
 
-def combine(
-    blocks: Iterable[Tensor], out: Tensor, coefficients: Sequence[float] | None = None, divisor: float = 1.0
-) -> Tensor:
-    """Σ cᵢ·xᵢ / divisor in float64, summed in the order given and rounded once into ``out``.
+class Combiner:
+    """Σ cᵢ·xᵢ / divisor in float64, summed in the order given and rounded once.
 
-    Args:
-        blocks: at least one tensor, all alike; taken one after the other, so that they may share their memory.
-            Meant for pieces that fit the cache: two float64 copies of one are made.
-        out: where the result goes; its dtype is the result's. May lie on another device.
-        coefficients: one per tensor; ones if ``None``.
-        divisor: what the sum is divided by.
+    It keeps its working memory, two float64 copies of the largest block it has seen: allocating that for every
+    block would take longer than the arithmetic. For one thread at a time.
     """
-    total: Tensor | None = None
-    for i, block in enumerate(blocks):
-        wide = block.to(_wide_dtype(block.dtype), copy=True)
+
+    def __init__(self) -> None:
+        self._memory: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
+    def __call__(
+        self, blocks: Iterable[Tensor], out: Tensor, coefficients: Sequence[float] | None = None, divisor: float = 1.0
+    ) -> Tensor:
+        """Combine tensors that fit the cache into ``out``.
+
+        Args:
+            blocks: at least one tensor, all alike and flat; taken one after the other, so they may share memory.
+            out: where the result goes; its dtype is the result's. May lie on another device.
+            coefficients: one per tensor; ones if ``None``.
+            divisor: what the sum is divided by.
+        """
+        blocks = iter(blocks)
+        block = next(blocks)
+        total, wide = self._buffers(block)
+        total.copy_(block)
         if coefficients is not None:
-            wide *= coefficients[i]
-        total = wide if total is None else total.add_(wide)
-    assert total is not None
-    if math.frexp(divisor)[0] == 0.5:  # a power of two: multiplying is exact too, and faster
-        total *= 1 / divisor
-    else:
-        total /= divisor
-    return round_into(out, total.to(out.device))
+            total *= coefficients[0]
+        for i, block in enumerate(blocks, start=1):
+            wide.copy_(block)
+            if coefficients is not None:
+                wide *= coefficients[i]
+            total += wide
+        if math.frexp(divisor)[0] == 0.5:  # a power of two: multiplying is exact too, and faster
+            total *= 1 / divisor
+        else:
+            total /= divisor
+        if out.device != total.device:
+            return round_into(out, total.to(out.device))
+        return round_into(out, total, wide)
+
+    def _buffers(self, block: Tensor) -> tuple[Tensor, ...]:
+        key, size = (_wide_dtype(block.dtype), block.device), block.numel()
+        memory = self._memory.get(key)
+        if memory is None or memory.shape[1] < size:
+            memory = self._memory[key] = torch.empty((2, size), dtype=key[0], device=key[1])
+        return memory[:, :size].unbind()
 
 
 def mean(tensors: Sequence[Tensor], out: Tensor) -> Tensor:
@@ -105,6 +134,7 @@ def mean(tensors: Sequence[Tensor], out: Tensor) -> Tensor:
     flat_out = out.view(-1)
     flats = [t.reshape(-1) for t in tensors]
     block = CPU_BLOCK if flats[0].device.type == "cpu" else DEVICE_BLOCK
+    combine = Combiner()
     for start in range(0, flat_out.numel(), block):
         part = slice(start, start + block)
         combine([flat[part] for flat in flats], flat_out[part], divisor=len(flats))
@@ -122,19 +152,19 @@ def lerp_(accumulated: dict[str, Tensor], weights: Mapping[str, Tensor], weight:
     Accumulators that are not on their weights' device (after a restore) move there first. Half-precision weights
     are widened block by block, so nothing the size of the model is ever allocated.
     """
-    alike: tuple[list[Tensor], list[Tensor]] = ([], [])
+    targets, sources = [], []
     wider: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, Tensor]]] = {}
     for name, target in accumulated.items():
         source = weights[name]
-        if target.device != source.device:
-            target = accumulated[name] = target.to(source.device)
+        if target.device != (device := source.device):
+            target = accumulated[name] = target.to(device)
         if target.dtype is source.dtype:
-            alike[0].append(target)
-            alike[1].append(source)
+            targets.append(target)
+            sources.append(source)
         else:
-            wider.setdefault((target.device, target.dtype), []).append((target, source))
-    if alike[0]:
-        torch._foreach_lerp_(alike[0], alike[1], weight)
+            wider.setdefault((device, target.dtype), []).append((target, source))
+    if targets:
+        torch._foreach_lerp_(targets, sources, weight)
     for (device, dtype), pairs in wider.items():
         block = LERP_BLOCK if device.type == "cpu" else DEVICE_BLOCK
         scratch = torch.empty(min(block, sum(target.numel() for target, _ in pairs)), dtype=dtype, device=device)

@@ -1,0 +1,190 @@
+"""The ``soup`` command: average saved checkpoints into one model."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+from averaging import __version__
+
+if TYPE_CHECKING:
+    from averaging.soups.engine import Progress
+    from averaging.soups.uniform import Uniform
+
+DESCRIPTION = """\
+Average the weights of saved checkpoints.
+
+  soup checkpoints/                      all checkpoints in a folder, written to checkpoints/soup/
+  soup checkpoints/ --last 5 -o out/     the five newest
+  soup a.ckpt b.ckpt -o out.safetensors  just these
+"""
+EPILOG = """\
+A checkpoint is a Hugging Face model folder, a PEFT adapter folder, a .safetensors file, a Lightning .ckpt, or a torch
+.pt, .pth or .bin file of named tensors. Any other folder stands for the checkpoints in it, in the order of their steps.
+The result is the same kind of thing as its ingredients, or safetensors; soup.json in it (or NAME.soup.json beside it)
+records what it was made from. Exit status: 0 done, 2 error (nothing was written), 130 interrupted.
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's grammar."""
+    p = argparse.ArgumentParser(
+        prog="soup", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("paths", nargs="+", metavar="PATH", help="checkpoints, or a folder of checkpoints")
+    p.add_argument("-o", "--output", metavar="OUT", help="where to write (default for one folder: FOLDER/soup)")
+    choice = p.add_argument_group("which checkpoints")
+    choice.add_argument("--last", type=int, metavar="K", help="only the K newest")
+    choice.add_argument("--every", type=int, metavar="N", help="only every N-th, counted back from the newest")
+    result = p.add_argument_group("how they are averaged")
+    result.add_argument(
+        "--weights", type=_numbers, metavar="W,W,...", help="a weight for each, in the order listed by --dry-run"
+    )
+    result.add_argument("--dtype", metavar="DTYPE", help="bfloat16, float16, float32 or float64 (default: unchanged)")
+    result.add_argument("--allow-nonfinite", action="store_true", help="go on when a checkpoint holds NaN or infinity")
+    run = p.add_argument_group("the run")
+    run.add_argument("--dry-run", action="store_true", help="print what would be read and written, and stop")
+    run.add_argument("--force", action="store_true", help="replace an existing output")
+    run.add_argument("-q", "--quiet", action="store_true", help="print errors only")
+    run.add_argument("--debug", action="store_true", help="print the traceback of an error")
+    run.add_argument("--version", action="version", version=f"soup {__version__}")
+    return p
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    options = parser().parse_args(arguments)
+    try:
+        with _warnings_as_lines():
+            _run(options)
+    except KeyboardInterrupt:
+        _say("interrupted; nothing was written")
+        return 130
+    except (ValueError, OSError, MemoryError) as error:
+        if options.debug:
+            raise
+        _say(f"error: {_explain(error)}")
+        return 2
+    return 0
+
+
+def _run(options: argparse.Namespace) -> None:
+    from averaging.checkpoints import gather, select
+    from averaging.checkpoints.finding import DEFAULT_OUTPUT, is_searched
+    from averaging.soups.uniform import Uniform
+
+    began = time.monotonic()
+    ingredients = select(gather(options.paths), options.last, options.every)
+    output = options.output
+    if output is None:
+        first = Path(options.paths[0])
+        if len(options.paths) > 1 or not is_searched(first, alone=True):
+            raise ValueError(
+                "say where to write with -o OUT (only for a single folder there is a default, FOLDER/soup)"
+            )
+        output = first / DEFAULT_OUTPUT
+    soup = Uniform(
+        ingredients,
+        output,
+        weights=options.weights,
+        dtype=options.dtype,
+        allow_nonfinite=options.allow_nonfinite,
+        force=options.force,
+    )
+    if options.dry_run:
+        print(_describe(soup))
+        return
+    with _bar(hidden=options.quiet) as progress:
+        soup.cook(progress)
+    assert soup.output is not None
+    if not options.quiet:
+        seconds = time.monotonic() - began
+        print(f"{soup.output.path}: average of {len(ingredients)}, {_size(soup.output.nbytes)}, {seconds:.1f} s")
+
+
+def _describe(soup: Uniform) -> str:
+    lines = ["read"]
+    for ingredient, share in zip(soup.ingredients, soup.coefficients, strict=True):
+        step = "" if ingredient.step is None else f", step {ingredient.step}"
+        lines.append(f"  {share:.4f} × {ingredient.path} ({_size(ingredient.nbytes)}{step})")
+    assert soup.output is not None
+    output = soup.output
+    lines.append(f"write {output.path}, {len(soup.dtypes)} tensors, {', '.join(sorted(set(soup.dtypes.values())))}")
+    lines += [f"  {file.name} ({_size(file.nbytes)})" for file in output.files]
+    lines += [f"  {path.relative_to(output.model.path)} (copied)" for path in output.copied()]
+    lines.append(f"  {output.record_path.name}")
+    return "\n".join(lines)
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(number) for number in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected numbers separated by commas, not {text!r}") from None
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+def _explain(error: BaseException) -> str:
+    if isinstance(error, MemoryError):
+        return "out of memory"
+    if isinstance(error, OSError) and error.strerror:
+        reason = error.strerror[0].lower() + error.strerror[1:]
+        return f"{reason}: {os.fspath(error.filename)!s}" if error.filename is not None else reason
+    return str(error)
+
+
+def _say(message: str) -> None:
+    print(f"soup: {message}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _warnings_as_lines() -> Iterator[None]:
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        _say(f"warning: {message}")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("default", UserWarning)
+        warnings.showwarning = show
+        yield
+
+
+@contextlib.contextmanager
+def _bar(hidden: bool) -> Iterator[Progress | None]:
+    """A progress bar on a terminal, nothing elsewhere."""
+    if hidden or not sys.stderr.isatty():
+        yield None
+        return
+
+    def draw(done: int, total: int) -> None:
+        share = done / max(total, 1)
+        print(f"\r{'█' * round(30 * share):░<30} {share:4.0%} of {_size(total)}", end="", file=sys.stderr, flush=True)
+
+    try:
+        yield draw
+    finally:
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

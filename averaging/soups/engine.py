@@ -1,0 +1,270 @@
+"""Linear combinations of checkpoints, streamed piece by piece on all cores.
+
+Every soup is Σ cᵢ·xᵢ with some choice of coefficients. Each worker thread reads one small piece of a tensor from each
+ingredient, adds it to a float64 sum that stays in the cache, rounds once and hands the result on: memory depends
+neither on the number nor on the size of the checkpoints.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from averaging import kernels
+from averaging.checkpoints.files import open_regular, read_into
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from averaging.checkpoints import Checkpoint, Entry
+
+Sink = Callable[[str, int, memoryview], None]
+"""Takes a tensor's name, an offset in its bytes, and the bytes that belong there; called from several threads."""
+Progress = Callable[[int, int], None]
+"""Takes the bytes read so far and the bytes to read in all."""
+
+PIECE = 128 * 1024  # bytes of one ingredient handled at a time; also the unit of the checksum
+ROWS = 4  # pieces read before they are added: their checksums are computed together
+TASK = 32  # pieces that a worker takes at a time
+AVERAGED = ("bfloat16", "float16", "float32", "float64", "complex64")
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    """One tensor of the soup: where it lies in every ingredient, and what is done with it."""
+
+    name: str
+    dtype: str
+    descriptors: list[int]
+    sources: list[Entry]
+    digests: list[bytearray] = field(repr=False)
+
+    @property
+    def nbytes(self) -> int:
+        return self.sources[0].stop - self.sources[0].start
+
+    @property
+    def averaged(self) -> bool:
+        return self.sources[0].dtype in AVERAGED
+
+
+class Mixer:
+    """Computes Σ cᵢ·xᵢ / divisor over ``ingredients`` for every tensor, in float64, rounded once.
+
+    Args:
+        ingredients: checkpoints with the same names, shapes and dtypes.
+        coefficients: one per ingredient; ``None`` stands for ones.
+        divisor: what the sum is divided by.
+        dtypes: name → dtype of the result.
+        sink: where the results go.
+        allow_nonfinite: accept NaN and infinity in the ingredients.
+        progress: called from time to time.
+
+    Tensors that are not floating-point must be the same in all ingredients, except that ``num_batches_tracked``
+    (BatchNorm's count of training batches, which grows from step to step) is the last ingredient's.
+    """
+
+    def __init__(
+        self,
+        ingredients: Sequence[Checkpoint],
+        coefficients: Sequence[float] | None,
+        divisor: float,
+        dtypes: Mapping[str, str],
+        sink: Sink,
+        *,
+        allow_nonfinite: bool = False,
+        progress: Progress | None = None,
+    ) -> None:
+        self.ingredients = ingredients
+        self.coefficients = coefficients
+        self.divisor = divisor
+        self.dtypes = dtypes
+        self.sink = sink
+        self.allow_nonfinite = allow_nonfinite
+        self.progress = progress
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._done = 0
+        self._total = sum(ingredient.nbytes for ingredient in ingredients)
+        self._digests: list[dict[str, bytes]] = [{} for _ in ingredients]
+
+    def run(self, groups: Sequence[Sequence[str]]) -> Iterator[int]:
+        """Mix the tensors named, group by group; yields the number of each group when it is finished.
+
+        Only one group's files are open at a time.
+
+        Raises:
+            ValueError: NaN, infinity, an overflow of the result's dtype, or integers that differ.
+            OSError: reading or the sink failed.
+        """
+        threads = torch.get_num_threads()
+        self._stop.clear()
+        try:
+            with ThreadPoolExecutor(threads, thread_name_prefix="soup") as pool:
+                try:
+                    for number, names in enumerate(groups):
+                        self._run_group(pool, threads, names)
+                        yield number
+                finally:
+                    self._stop.set()
+        finally:
+            torch.set_num_threads(threads)  # the workers' setting is also that of threads to come
+
+    def _run_group(self, pool: ThreadPoolExecutor, workers: int, names: Sequence[str]) -> None:
+        with ExitStack() as stack:
+            opened: dict[str, int] = {}
+            tensors = []
+            for name in names:
+                sources = [ingredient.entries[name] for ingredient in self.ingredients]
+                for source in sources:
+                    if (path := str(source.file)) not in opened:
+                        opened[path] = open_regular(source.file)
+                        stack.callback(os.close, opened[path])
+                pieces = -(-(sources[0].stop - sources[0].start) // PIECE)
+                digests = [bytearray(16 * pieces) for _ in sources]
+                descriptors = [opened[str(source.file)] for source in sources]
+                tensors.append(_Tensor(name, self.dtypes[name], descriptors, sources, digests))
+            tasks = ((t, start) for t in tensors for start in range(0, t.nbytes, PIECE * TASK))
+            running = [pool.submit(self._work, tasks) for _ in range(workers)]
+            try:
+                while True:
+                    finished, unfinished = wait(running, timeout=0.1, return_when=FIRST_EXCEPTION)
+                    for future in finished:
+                        future.result()
+                    if self.progress is not None:
+                        self.progress(self._done, self._total)
+                    if not unfinished:
+                        break
+            finally:
+                self._stop.set()
+                wait(running)  # before their files are closed
+            self._stop.clear()
+            for tensor in tensors:
+                for known, parts in zip(self._digests, tensor.digests, strict=True):
+                    known[tensor.name] = hashlib.sha256(parts).digest()
+
+    def checksums(self) -> list[str]:
+        """What identifies the content of each ingredient, whatever files and order its tensors are stored in.
+
+        Not of cryptographic strength against someone who wants a collision, but it comes at no cost. The bytes of a
+        tensor, padded with zeros to whole pieces of 128 KiB, are taken piece by piece as a 128 × 128 matrix of
+        little-endian 64-bit integers; a piece's digest is the first 16 bytes of the SHA-256 of its row sums and
+        column sums (modulo 2⁶⁴), a tensor's digest is the SHA-256 of its pieces' digests, and the checksum is the
+        SHA-256 over all tensors in the order of their names: name, dtype and shape as a JSON-like line, and digest.
+        """
+        sums = []
+        for ingredient, digests in zip(self.ingredients, self._digests, strict=True):
+            total = hashlib.sha256()
+            for name in sorted(digests):
+                entry = ingredient.entries[name]
+                total.update(f"{name!r} {entry.dtype} {list(entry.shape)}\n".encode() + digests[name])
+            sums.append(f"piecesums-sha256:{total.hexdigest()}")
+        return sums
+
+    def _work(self, tasks: Iterator[tuple[_Tensor, int]]) -> None:
+        torch.set_num_threads(1)
+        buffers = _Buffers()
+        while not self._stop.is_set():
+            with self._lock:
+                task = next(tasks, None)
+            if task is None:
+                return
+            tensor, start = task
+            stop = min(start + PIECE * TASK, tensor.nbytes)
+            for position in range(start, stop, PIECE):
+                if self._stop.is_set():
+                    return
+                self._mix(tensor, position, min(PIECE, stop - position), buffers)
+            with self._lock:
+                self._done += (stop - start) * len(self.ingredients)
+
+    def _mix(self, tensor: _Tensor, start: int, size: int, buffers: _Buffers) -> None:
+        rows = self._rows(tensor, start, size, buffers)
+        dtype = getattr(torch, tensor.sources[0].dtype, torch.uint8)
+        if not tensor.averaged:
+            out = self._agree(tensor, rows)
+            self.sink(tensor.name, start, out.numpy().data)
+            return
+        count = size // dtype.itemsize
+        dtype_out: torch.dtype = getattr(torch, tensor.dtype)
+        raw_out = buffers.out[: count * dtype_out.itemsize]
+        out = raw_out.view(dtype_out)
+        buffers.combine((row.view(dtype) for row in rows), out, self.coefficients, self.divisor)
+        if not self.allow_nonfinite:
+            # One bad number among the ingredients makes this sum bad; it may also just overflow.
+            sum_ = out.sum(dtype=kernels.accumulator_dtype(dtype_out))
+            if not torch.isfinite(sum_).item():
+                self._find_nonfinite(tensor, start, size, buffers, out)
+        self.sink(tensor.name, start * dtype_out.itemsize // dtype.itemsize, raw_out.numpy().data)
+
+    def _rows(self, tensor: _Tensor, start: int, size: int, buffers: _Buffers) -> Iterator[Tensor]:
+        """The raw bytes of one piece of each ingredient in turn; the next one may overwrite the memory."""
+        piece = start // PIECE
+        for first in range(0, len(tensor.sources), ROWS):
+            count = min(ROWS, len(tensor.sources) - first)
+            for row in range(count):
+                source = tensor.sources[first + row]
+                view = buffers.views[row] if size == PIECE else buffers.views[row][:size]
+                read_into(tensor.descriptors[first + row], view, source.start + start, source.file)
+            if size < PIECE:
+                buffers.raw[:count, size:] = 0
+            matrix = buffers.matrix[:count]
+            sums = torch.cat((matrix.sum(2), matrix.sum(1)), 1).numpy()
+            for row in range(count):
+                digest = hashlib.sha256(sums[row]).digest()
+                tensor.digests[first + row][16 * piece : 16 * piece + 16] = digest[:16]
+            for row in range(count):
+                yield buffers.raw[row, :size]
+
+    def _agree(self, tensor: _Tensor, rows: Iterator[Tensor]) -> Tensor:
+        """A piece that is not averaged: the same in all ingredients, or the last one's."""
+        latest = tensor.name.rpartition(".")[2] == "num_batches_tracked"
+        kept = next(rows).clone()
+        for number, row in enumerate(rows, start=1):
+            if latest:
+                kept.copy_(row)
+            elif not torch.equal(row, kept):
+                first, other = self.ingredients[0].path, self.ingredients[number].path
+                raise ValueError(
+                    f"tensor {tensor.name!r} is {tensor.sources[0].dtype}, which cannot be averaged, and differs "
+                    f"between {first} and {other}; integer, boolean and quantised tensors must be the same in all "
+                    "(dequantise the models first)"
+                )
+        return kept
+
+    def _find_nonfinite(self, tensor: _Tensor, start: int, size: int, buffers: _Buffers, out: Tensor) -> None:
+        finite = torch.isfinite(out)
+        dtype = getattr(torch, tensor.sources[0].dtype)
+        for number, row in enumerate(self._rows(tensor, start, size, buffers)):
+            values = row.view(dtype)
+            bad = torch.isfinite(values).logical_not_()
+            if bad.any():
+                index = int(bad.nonzero()[0])
+                raise ValueError(
+                    f"{self.ingredients[number].path}: tensor {tensor.name!r} holds {values[index].item()} at element "
+                    f"{start // dtype.itemsize + index}; leave this checkpoint out, or pass --allow-nonfinite "
+                    "(allow_nonfinite=True) to average it all the same"
+                )
+        if not finite.all():
+            raise ValueError(
+                f"tensor {tensor.name!r}: the average is too large for {tensor.dtype}; choose a wider dtype"
+            )
+
+
+class _Buffers:
+    """The memory of one worker."""
+
+    def __init__(self) -> None:
+        self.combine = kernels.Combiner()
+        self.raw = torch.empty((ROWS, PIECE), dtype=torch.uint8)
+        self.views = [row.numpy().data for row in self.raw]
+        self.matrix = self.raw.view(torch.int64).view(ROWS, -1, 128)
+        self.out = torch.empty(PIECE * 4, dtype=torch.uint8)  # a bfloat16 may become a float64

@@ -1,0 +1,302 @@
+"""What a soup is written to: the same kind of thing as its ingredients, whole or not at all. No torch."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from averaging.atomic import replacing
+from averaging.checkpoints.checkpoint import INDEX_FILE, MODEL_FILE, TITLES, Checkpoint, weight_files
+from averaging.checkpoints.files import BITS, layout, nbytes
+from averaging.checkpoints.finding import RECORD_FILE, RECORD_KEY
+
+# Configuration, tokenizers, chat templates, custom code: what belongs to a model besides its weights.
+_COPIED = {".json", ".jinja", ".txt", ".model", ".py", ".tiktoken", ".spm", ".vocab", ".bpe"}
+_NOT_COPIED = {"trainer_state.json", "averaging.json", "soup.json", "all_results.json", "train_results.json"}
+_NOT_COPIED |= {"eval_results.json", "training_args.json", INDEX_FILE}
+_COPIED_FOLDERS = {"additional_chat_templates"}
+# Facts of a configuration that decide what the weights mean.
+_ARCHITECTURE = ("model_type", "architectures", "num_attention_heads", "num_key_value_heads", "rope_theta")
+_ADAPTER = ("base_model_name_or_path", "peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
+
+
+def check_alike(ingredients: Sequence[Checkpoint]) -> None:
+    """Refuse to average what does not belong together.
+
+    Raises:
+        ValueError: fewer than two ingredients, or they differ in kind, architecture, base model, or in the name,
+            shape or dtype of a tensor.
+    """
+    if len(ingredients) < 2:
+        found = f"only {ingredients[0].path}" if ingredients else "none"
+        raise ValueError(f"a soup needs at least two checkpoints, found {found}")
+    first = ingredients[0]
+    for other in ingredients[1:]:
+        if other.kind != first.kind:
+            raise ValueError(f"{first.path} is a {TITLES[first.kind]}, but {other.path} is a {TITLES[other.kind]}")
+        for key in _ADAPTER if first.kind == "peft" else _ARCHITECTURE:
+            one, two = (first.config or {}).get(key), (other.config or {}).get(key)
+            if one != two and first.config is not None and other.config is not None:
+                raise ValueError(
+                    f"{first.path} and {other.path} are different models: {key} is {one!r} in one and {two!r} in the "
+                    "other; average only checkpoints of one architecture and base model"
+                )
+        if first.entries.keys() != other.entries.keys():
+            here, there = first.entries.keys() - other.entries.keys(), other.entries.keys() - first.entries.keys()
+            lines = [f"{first.path} and {other.path} do not hold the same tensors"]
+            lines += [f"  only in {first.path}: {_some(here)}"] if here else []
+            lines += [f"  only in {other.path}: {_some(there)}"] if there else []
+            raise ValueError("\n".join(lines))
+        for name, entry in first.entries.items():
+            same = other.entries[name]
+            for what, one, two in (("shape", entry.shape, same.shape), ("dtype", entry.dtype, same.dtype)):
+                if one != two:
+                    one, two = (list(x) if isinstance(x, tuple) else x for x in (one, two))
+                    raise ValueError(f"tensor {name!r} has {what} {one} in {first.path} but {two} in {other.path}")
+
+
+def _some(names: set[str]) -> str:
+    shown = ", ".join(map(repr, sorted(names)[:3]))
+    return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+@dataclass(frozen=True, slots=True)
+class File:
+    """A safetensors file to be written: its tensors as name → (dtype, shape), and its metadata."""
+
+    name: str
+    tensors: dict[str, tuple[str, tuple[int, ...]]]
+    metadata: dict[str, str]
+
+    @property
+    def nbytes(self) -> int:
+        """The size of its data in bytes."""
+        return sum(nbytes(*tensor) for tensor in self.tensors.values())
+
+
+class Output:
+    """Where and how a soup of ``ingredients`` is written.
+
+    A Hugging Face model or a PEFT adapter becomes a folder with the same files, tensors, order and sharding, and
+    the configuration, tokenizer and code beside them. Anything else becomes a ``.safetensors`` file if ``path`` has
+    that suffix, else a folder with ``model.safetensors``. All that is not averaged is the last ingredient's.
+
+    Args:
+        path: the folder or the file.
+        ingredients: what is averaged.
+        dtypes: name → dtype of every tensor of the result.
+        converted: the dtype asked for, if any.
+        force: an existing output may be replaced.
+
+    Raises:
+        ValueError: ``path`` is an ingredient, lies in one or holds one, or is not fit for what is written.
+        FileExistsError: ``path`` exists and may not be replaced.
+        OSError: there is no room or no permission.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        ingredients: Sequence[Checkpoint],
+        dtypes: Mapping[str, str],
+        *,
+        converted: str | None = None,
+        force: bool = False,
+    ) -> None:
+        self.path = Path(path)
+        self.model = ingredients[-1]
+        self.converted = converted
+        self.folder = self.path.suffix != ".safetensors"
+        self.files = self._files(dtypes)
+        self._check_place(ingredients)
+        self._check_existing(force)
+        self._check_room()
+
+    @property
+    def nbytes(self) -> int:
+        """The size of the weights in bytes."""
+        return sum(file.nbytes for file in self.files)
+
+    @property
+    def record_path(self) -> Path:
+        """Where the provenance record lies: in the folder, or beside the file as ``NAME.soup.json``."""
+        return self.path / RECORD_FILE if self.folder else self.path.with_suffix(".soup.json")
+
+    @contextlib.contextmanager
+    def writing(self, record: Mapping[str, Any]) -> Iterator[Writing]:
+        """Create everything under a temporary name; it takes its place when the block ends without an exception.
+
+        Args:
+            record: the provenance, with checksums of their final length; `Writing.finish` takes the final one.
+        """
+        with contextlib.ExitStack() as stack:
+            if self.folder:
+                folder = stack.enter_context(replacing(self.path))
+                folder.mkdir()
+                self._copy_into(folder)
+                paths = [folder / file.name for file in self.files]
+                record_path = folder / RECORD_FILE
+            else:
+                # Entered first, so renamed last: a record without its file would mislead.
+                record_path = stack.enter_context(replacing(self.record_path))
+                paths = [stack.enter_context(replacing(self.path))]
+            writing = Writing(self.files, paths, record_path, record)
+            stack.callback(writing.close)
+            yield writing
+
+    def copied(self) -> list[Path]:
+        """The files that are copied from the last ingredient."""
+        if self.model.kind not in ("huggingface", "peft"):
+            return []
+        entries = sorted(self.model.path.iterdir())
+        for entry in list(entries):
+            if entry.name in _COPIED_FOLDERS and entry.is_dir():
+                entries += sorted(entry.iterdir())
+        return [
+            entry
+            for entry in entries
+            if entry.suffix in _COPIED
+            and entry.name not in _NOT_COPIED
+            and not entry.name.startswith(".")
+            and entry.is_file()
+        ]
+
+    def _files(self, dtypes: Mapping[str, str]) -> list[File]:
+        model = self.model
+        if model.kind in ("huggingface", "peft"):
+            if not self.folder:
+                raise ValueError(f"{self.path}: a soup of {TITLES[model.kind]}s is a folder; leave out the suffix")
+            names: Mapping[str, Sequence[str]] = model.shards
+        elif self.path.suffix in (".ckpt", ".pt", ".pth", ".bin"):
+            raise ValueError(f"{self.path}: soups are written as safetensors; end the name with .safetensors")
+        else:
+            names = {MODEL_FILE if self.folder else self.path.name: list(model.entries)}
+        files = []
+        for file, tensors in names.items():
+            order = list(tensors)
+            if self.converted or model.kind in ("lightning", "torch"):
+                # As safetensors does: the widest first, so that every tensor is aligned.
+                order.sort(key=lambda name: -BITS[dtypes[name]])
+            metadata = {"format": "pt"} | next(iter(model.metadata.values()), {})
+            metadata |= model.metadata.get(file, {})
+            files.append(File(file, {name: (dtypes[name], model.entries[name].shape) for name in order}, metadata))
+        return files
+
+    def _check_place(self, ingredients: Sequence[Checkpoint]) -> None:
+        here = Path(os.path.realpath(self.path))
+        for ingredient in ingredients:
+            there = Path(os.path.realpath(ingredient.path))
+            if here == there:
+                raise ValueError(f"the output {self.path} is one of the ingredients; choose another place")
+            if there in here.parents:
+                raise ValueError(f"the output {self.path} lies inside the ingredient {ingredient.path}")
+            if here in there.parents:
+                raise ValueError(f"the ingredient {ingredient.path} lies inside the output {self.path}")
+
+    def _check_existing(self, force: bool) -> None:
+        if not os.path.lexists(self.path):
+            return
+        if not force:
+            raise FileExistsError(f"{self.path} exists already; pass --force (force=True) to replace it")
+        # A mistyped output must not cost a folder full of other things.
+        if self.path.is_dir() and any(self.path.iterdir()):
+            if not (self.path / RECORD_FILE).exists() and not weight_files(self.path):
+                raise FileExistsError(
+                    f"{self.path} is a folder but no model; remove it yourself or choose another place"
+                )
+        elif self.path.exists() and not self.path.is_dir() and not self.path.is_file():
+            raise FileExistsError(f"{self.path} is neither a file nor a folder; choose another place")
+
+    def _check_room(self) -> None:
+        parent = next(p for p in Path(os.path.realpath(self.path)).parents if p.exists())
+        if not parent.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "not a folder", str(parent))
+        if not os.access(parent, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, "no permission to write into", str(parent))
+        free = shutil.disk_usage(parent).free
+        if free < self.nbytes:
+            raise OSError(errno.ENOSPC, f"not enough room: {self.nbytes:,} bytes needed, {free:,} free in", str(parent))
+
+    def _copy_into(self, folder: Path) -> None:
+        for source in self.copied():
+            target = folder / source.relative_to(self.model.path)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(source, target)
+        if self.model.index is not None:
+            size = {"total_size": self.nbytes}
+            index = self.model.index | {"metadata": self.model.index.get("metadata", {}) | size}
+            _write_json(folder / INDEX_FILE, index)
+        if self.converted and self.model.kind == "huggingface" and self.model.config is not None:
+            _write_json(folder / "config.json", _with_dtype(self.model.config, self.converted))
+
+
+class Writing:
+    """An output being written; `sink` and `sync` may be called from any thread."""
+
+    def __init__(
+        self, files: Sequence[File], paths: Sequence[Path], record_path: Path, record: Mapping[str, Any]
+    ) -> None:
+        self._files, self._paths, self._record_path = files, paths, record_path
+        self._descriptors: list[int] = []
+        self._places: dict[str, tuple[int, int]] = {}
+        for file, path in zip(files, paths, strict=True):
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            self._descriptors.append(descriptor)
+            header, starts = self._header(file, record)
+            for name, start in zip(file.tensors, starts, strict=True):
+                self._places[name] = (descriptor, start)
+            os.ftruncate(descriptor, len(header) + file.nbytes)
+
+    def sink(self, name: str, offset: int, data: memoryview) -> None:
+        """Write bytes of a tensor to their place."""
+        descriptor, start = self._places[name]
+        _write(descriptor, data, start + offset)
+
+    def sync(self, number: int) -> None:
+        """Flush a finished file to the disk."""
+        os.fsync(self._descriptors[number])
+
+    def finish(self, record: Mapping[str, Any]) -> None:
+        """Write the headers, whose metadata hold the record, and the record's own file."""
+        for file, descriptor in zip(self._files, self._descriptors, strict=True):
+            _write(descriptor, memoryview(self._header(file, record)[0]), 0)
+        _write_json(self._record_path, record)
+
+    def close(self) -> None:
+        """Close the files."""
+        while self._descriptors:
+            os.close(self._descriptors.pop())
+
+    @staticmethod
+    def _header(file: File, record: Mapping[str, Any]) -> tuple[bytes, list[int]]:
+        noted = json.dumps(record, separators=(",", ":"))
+        return layout(file.tensors, file.metadata | {RECORD_KEY: noted})
+
+
+def _write(descriptor: int, data: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(data):
+        done += os.pwrite(descriptor, data[done:], offset + done)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """A model configuration that names ``dtype`` wherever it named one."""
+    return {
+        key: dtype
+        if key in ("dtype", "torch_dtype") and isinstance(value, str)
+        else _with_dtype(value, dtype)
+        if isinstance(value, dict)
+        else value
+        for key, value in config.items()
+    }
