@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 # Elements handled at a time on the CPU: large enough to outweigh the cost of calling an operation, small
 # enough for the float64 sum and one converted operand to stay in the cache.
-CPU_BLOCK = 64 * 1024
+CPU_BLOCK = 128 * 1024
 # On an accelerator a block only bounds the transient memory; it must be large enough to fill the chip.
 DEVICE_BLOCK = 16 * 1024 * 1024
 

@@ -31,7 +31,7 @@ Sink = Callable[[str, int, memoryview], None]
 Progress = Callable[[int, int], None]
 """Takes the bytes read so far and the bytes to read in all."""
 
-PIECE = 128 * 1024  # bytes of one ingredient handled at a time; also the unit of the checksum
+PIECE = 256 * 1024  # bytes of one ingredient handled at a time; also the unit of the checksum
 ROWS = 4  # pieces read before they are added: their checksums are computed together
 TASK = 32  # pieces that a worker takes at a time
 AVERAGED = ("bfloat16", "float16", "float32", "float64", "complex64")
@@ -155,7 +155,7 @@ class Mixer:
         """What identifies the content of each ingredient, whatever files and order its tensors are stored in.
 
         Not of cryptographic strength against someone who wants a collision, but it comes at no cost. The bytes of a
-        tensor, padded with zeros to whole pieces of 128 KiB, are taken piece by piece as a 128 × 128 matrix of
+        tensor, padded with zeros to whole pieces of 256 KiB, are taken piece by piece as a 256 × 128 matrix of
         little-endian 64-bit integers; a piece's digest is the first 16 bytes of the SHA-256 of its row sums and
         column sums (modulo 2⁶⁴), a tensor's digest is the SHA-256 of its pieces' digests, and the checksum is the
         SHA-256 over all tensors in the order of their names: name, dtype and shape as a JSON-like line, and digest.
