@@ -45,11 +45,15 @@ def test_creates_and_replaces(tmp_path, folder, exchange, monkeypatch):
 def test_an_exception_leaves_everything_as_it_was(tmp_path, folder, error):
     make(tmp_path / "out", "old", folder)
     before = tree(tmp_path)
-    with pytest.raises(error), replacing(tmp_path / "out") as temporary:
-        make(temporary, "new", folder)
-        raise error
-    with pytest.raises(error), replacing(tmp_path / "a" / "b" / "c") as temporary:
-        raise error
+
+    def fail(target):
+        with replacing(target) as temporary:
+            make(temporary, "new", folder)
+            raise error
+
+    for target in (tmp_path / "out", tmp_path / "a" / "b" / "c"):
+        with pytest.raises(error):
+            fail(target)
     assert tree(tmp_path) == before
     assert os.listdir(tmp_path) == ["out"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -172,7 +173,8 @@ class Checkpoint(Mapping[str, "Tensor"]):
         pickled = read_pickled(self.path)
         self.kind = "lightning" if pickled.lightning else "torch"
         self.entries, self.step = pickled.entries, pickled.step
-        self._spill = pickled.spill
+        if pickled.spill is not None:
+            weakref.finalize(self, pickled.spill.close)
         first: dict[tuple[Path, int, int], str] = {}
         for name, entry in self.entries.items():
             kept = first.setdefault((entry.file, entry.start, entry.stop), name)

@@ -49,6 +49,8 @@ def read_pickled(path: Path) -> Pickled:
     records = _records(path) if zipped else None
     content = _load(path, "meta" if zipped else "cpu")
     weights = _weights(path, content)
+    for name, tensor in weights.items():
+        _check(path, name, tensor)
     spill: IO[bytes] | None = None
     if any(_offset(tensor) is None for tensor in weights.values()):
         if records is not None:  # a torch that does not tell the offsets
@@ -56,7 +58,6 @@ def read_pickled(path: Path) -> Pickled:
         records = None
     entries = {}
     for name, tensor in weights.items():
-        _check(path, name, tensor)
         start = _offset(tensor)
         if records is not None and start is not None:
             _check_record(path, name, tensor, start, records)
