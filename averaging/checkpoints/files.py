@@ -83,10 +83,14 @@ def read_into(descriptor: int, buffer: memoryview, offset: int, file: Path) -> N
 
     Raises:
         ValueError: the file ends before.
+        OSError: it cannot be read.
     """
     done = 0
     while done < len(buffer):
-        count = os.preadv(descriptor, [buffer[done:]], offset + done)
+        try:
+            count = os.preadv(descriptor, [buffer[done:]], offset + done)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(file)) from error
         if count == 0:
             raise ValueError(f"{file} became shorter while it was read")
         done += count

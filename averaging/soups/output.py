@@ -149,7 +149,12 @@ class Output:
                 paths = [stack.enter_context(replacing(self.path))]
             writing = Writing(self.files, paths, record_path, record)
             stack.callback(writing.close)
-            yield writing
+            try:
+                yield writing
+            except OSError as error:
+                if error.filename is None:  # what failed knew a descriptor only
+                    raise OSError(error.errno, error.strerror, str(self.path)) from error
+                raise
 
     def copied(self) -> list[Path]:
         """The files that are copied from the last ingredient."""

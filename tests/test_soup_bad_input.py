@@ -1,0 +1,291 @@
+"""What bad input gets: one clear message, exit status 2, and everything on the disk as it was."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from averaging import cli
+from averaging.soups import engine, output, uniform
+
+
+def write(path, **tensors):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors or {"a": torch.ones(2, 3)}, path)
+    return path
+
+
+def folder(path, config=None, **tensors):
+    write(path / "model.safetensors", **tensors)
+    (path / "config.json").write_text(json.dumps(config or {"model_type": "x"}))
+    return path
+
+
+def snapshot(root):
+    return {
+        str(p.relative_to(root)): p.is_file() and p.stat().st_size < 10**7 and p.read_bytes() for p in root.rglob("*")
+    }
+
+
+@pytest.fixture
+def refused(tmp_path, capsys):
+    """Run the command, expect an error with these words, and nothing on the disk changed."""
+
+    def run(*arguments, says=()):
+        (tmp_path / "old").mkdir(exist_ok=True)
+        (tmp_path / "old" / "soup.json").write_text("{}")
+        (tmp_path / "old" / "model.safetensors").write_bytes(b"old")
+        out = [] if "-o" in arguments else ["-o", tmp_path / "old", "--force"]
+        before = snapshot(tmp_path)
+        assert cli.main([str(argument) for argument in [*arguments, *out]]) == 2
+        assert snapshot(tmp_path) == before
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        assert printed.err.startswith("soup: error: ")
+        assert "Traceback" not in printed.err
+        assert len(printed.err.splitlines()) <= 3
+        for words in says:
+            assert str(words) in printed.err
+        return printed.err
+
+    return run
+
+
+def test_nothing_there(tmp_path, refused):
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "empty", says=["no checkpoints in", tmp_path / "empty"])
+    refused(tmp_path / "missing", says=["no such file", tmp_path / "missing"])
+    refused(tmp_path / "missing.safetensors", says=["no such file"])
+    (tmp_path / "notes.txt").write_text("x")
+    refused(tmp_path / "notes.txt", says=["notes.txt is no checkpoint"])
+
+
+def test_one_ingredient(tmp_path, refused):
+    refused(write(tmp_path / "run" / "a.safetensors"), says=["at least two", "a.safetensors"])
+    refused(tmp_path / "run", says=["at least two"])
+
+
+def test_no_output_named(tmp_path, capsys):
+    paths = [str(write(tmp_path / f"{name}.safetensors")) for name in "ab"]
+    assert cli.main(paths) == 2
+    assert "-o OUT" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [
+        ({"a": torch.ones(2, 3), "b": torch.ones(1)}, ["only in", "'b'"]),
+        ({"a": torch.ones(3, 2)}, ["'a'", "shape", "[2, 3]", "[3, 2]"]),
+        ({"a": torch.ones(1, 3)}, ["'a'", "shape", "[2, 3]", "[1, 3]"]),  # would broadcast
+        ({"a": torch.ones(2, 3).half()}, ["'a'", "dtype", "float32", "float16"]),
+    ],
+)
+def test_different_tensors(tmp_path, refused, other, says):
+    one, two = write(tmp_path / "1.safetensors"), write(tmp_path / "2.safetensors", **other)
+    refused(one, two, says=[one, two, *says])
+
+
+def test_different_models_and_kinds(tmp_path, refused):
+    a, b = folder(tmp_path / "a"), folder(tmp_path / "b", {"model_type": "y"})
+    refused(a, b, says=["model_type", "'x'", "'y'"])
+    refused(a, write(tmp_path / "c.safetensors"), says=["Hugging Face model folder", "safetensors file"])
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 5, b"\xff" * 100, b"\x02\0\0\0\0\0\0\0{}trailing"])
+def test_corrupt_files(tmp_path, refused, content):
+    good, bad = write(tmp_path / "a.safetensors"), tmp_path / "b.safetensors"
+    bad.write_bytes(content)
+    refused(good, bad, says=[bad, "not a valid safetensors file"])
+
+
+def test_missing_shards_and_shards_elsewhere(tmp_path, refused):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    index = tmp_path / "b" / "model.safetensors.index.json"
+    write(tmp_path / "x.safetensors")
+    folder(tmp_path / "a")
+    for place, words in [("x.safetensors", "missing"), ("../x.safetensors", "own folder")]:
+        index.write_text(json.dumps({"weight_map": {"a": place}}))
+        refused(tmp_path / "a", tmp_path / "b", says=[index, place, words])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_nan_and_infinity(tmp_path, refused, monkeypatch, dtype, bad):
+    monkeypatch.setattr(engine, "PIECE", 1024)
+    paths = []
+    for i in range(3):
+        tensor = torch.ones(5000, dtype=dtype)
+        if i == 1:
+            tensor[4321] = bad
+        paths.append(write(tmp_path / f"{i}.safetensors", good=torch.full((3,), float(i)), bad=tensor))
+    refused(*paths, says=[paths[1], "'bad'", str(bad), "element 4321", "--allow-nonfinite"])
+    mixed = uniform(paths, allow_nonfinite=True)["bad"]
+    assert str(mixed[4321].item()) == str(bad)
+    assert (mixed.isfinite().sum(), mixed[0]) == (4999, 1)
+
+
+def test_opposite_infinities_and_zero_weights_do_not_hide(tmp_path, refused):
+    for i, value in enumerate([float("inf"), float("-inf"), 1.0]):
+        write(tmp_path / f"{i}.safetensors", a=torch.full((3,), value))
+    refused(tmp_path / "0.safetensors", tmp_path / "1.safetensors", says=["0.safetensors", "inf"])
+    refused(tmp_path / "0.safetensors", tmp_path / "2.safetensors", "--weights", "0,1", says=["0.safetensors", "inf"])
+
+
+def test_large_numbers_are_no_infinity_but_an_overflow_is_an_error(tmp_path, refused):
+    paths = [
+        write(tmp_path / f"{i}.safetensors", a=torch.full((2000,), 3e38), b=torch.tensor(float(i))) for i in range(2)
+    ]
+    assert torch.equal(uniform(paths)["a"], torch.full((2000,), 3e38))
+    refused(*paths, "--dtype", "float16", says=["'a'", "too large for float16"])
+
+
+def test_integers_that_differ(tmp_path, refused):
+    for dtype in (torch.int64, torch.bool, torch.uint8, torch.float8_e4m3fn):
+        paths = [write(tmp_path / f"{i}.safetensors", q=torch.tensor([i, 1]).to(dtype)) for i in range(2)]
+        refused(*paths, says=["'q'", str(dtype).removeprefix("torch."), *paths])
+
+
+class Code:
+    pass
+
+
+def test_a_pickle_that_needs_code(tmp_path, refused):
+    for name in "ab":
+        torch.save({"state_dict": {"w": torch.ones(1)}, "hparams": Code()}, tmp_path / f"{name}.ckpt")
+    refused(tmp_path / "a.ckpt", tmp_path / "b.ckpt", says=["a.ckpt", "needs the code of", "Code", "save_file"])
+
+
+def test_output_among_the_ingredients(tmp_path, refused):
+    a, b = folder(tmp_path / "run" / "a"), folder(tmp_path / "run" / "b")
+    refused(a, b, "-o", a, "--force", says=["one of the ingredients"])
+    (tmp_path / "link").symlink_to(a)
+    refused(a, b, "-o", tmp_path / "link", "--force", says=["one of the ingredients"])
+    refused(a, b, "-o", a / "sub", says=["inside the ingredient"])
+    refused(a, b, "-o", tmp_path / "run", "--force", says=["inside the output"])
+    refused(a, a, says=["named twice"])
+
+
+def test_outputs_that_are_not_fit(tmp_path, refused):
+    a, b = folder(tmp_path / "a"), folder(tmp_path / "b")
+    refused(a, b, "-o", tmp_path / "x.safetensors", says=["is a folder"])
+    c, d = write(tmp_path / "c.safetensors"), write(tmp_path / "d.safetensors")
+    refused(c, d, "-o", tmp_path / "x.ckpt", says=["end the name with .safetensors"])
+    refused(c, d, "-o", tmp_path / "old", says=["exists already", "--force"])
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.txt").write_text("x")
+    refused(a, b, "-o", tmp_path / "precious", "--force", says=["no model"])
+    refused(a, b, "-o", tmp_path / "c.safetensors" / "x", says=["not a folder"])
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--last", "3"], "--last 3"),
+        (["--last", "0"], "--last must be at least 1"),
+        (["--every", "0"], "--every must be at least 1"),
+        (["--every", "2"], "at least two"),
+        (["--weights", "1"], "1 weights for 2"),
+        (["--weights", "nan,1"], "finite"),
+        (["--weights=-1,1"], "positive sum"),
+        (["--dtype", "int8"], "unknown dtype 'int8'"),
+    ],
+)
+def test_options_that_make_no_sense(tmp_path, refused, options, says):
+    paths = [write(tmp_path / f"{i}.safetensors") for i in range(2)]
+    refused(*paths, *options, says=[says])
+
+
+def test_no_room(tmp_path, refused, monkeypatch):
+    paths = [write(tmp_path / f"{i}.safetensors", a=torch.ones(1000)) for i in range(2)]
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(output.shutil, "disk_usage", lambda path: usage._replace(free=100))
+    refused(*paths, says=["not enough room", "4,000 bytes", tmp_path])
+    monkeypatch.undo()
+    calls = []
+
+    def full(*arguments):
+        calls.append(arguments)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(output.os, "pwrite", full)
+    refused(*paths, says=["no space left on device", tmp_path / "old"])
+    assert calls
+
+
+def test_no_permission(tmp_path, refused, monkeypatch):
+    paths = [write(tmp_path / f"{i}.safetensors") for i in range(2)]
+    monkeypatch.setattr(output.os, "access", lambda path, mode: False)  # root may do everything
+    refused(*paths, says=["no permission", tmp_path])
+
+
+def test_debug_shows_where(tmp_path):
+    with pytest.raises(ValueError, match="at least two"):
+        cli.main([str(write(tmp_path / "a.safetensors")), "-o", str(tmp_path / "out"), "--debug"])
+
+
+def test_from_a_shell(tmp_path):
+    command = [sys.executable, "-m", "averaging.cli", tmp_path / "missing", "-o", tmp_path / "out"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"soup: error: no such file or directory: {tmp_path / 'missing'}\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ctrl_c(tmp_path, monkeypatch, capsys):
+    paths = [write(tmp_path / f"{i}.safetensors", a=torch.ones(100)) for i in range(2)]
+    before = snapshot(tmp_path)
+
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine, "wait", interrupt)
+    monkeypatch.setattr(engine.Mixer, "_work", lambda self, tasks: None)
+    assert cli.main([*map(str, paths), "-o", str(tmp_path / "out")]) == 130
+    assert "interrupted" in capsys.readouterr().err
+    assert snapshot(tmp_path) == before
+
+
+LOOP = """
+import sys, torch
+from averaging import cli
+print("ready", flush=True)
+while True:
+    for names in ("01", "12"):
+        assert cli.main([f"{sys.argv[1]}/{n}" for n in names] + ["-o", sys.argv[1] + "/out", "--force", "-q"]) == 0
+"""
+
+
+@pytest.mark.parametrize("signal_", [signal.SIGKILL, signal.SIGINT])
+def test_stopped_at_random_moments(tmp_path, signal_):
+    for i in range(3):
+        folder(tmp_path / str(i), a=torch.full((1 << 20,), float(i)), b=torch.full((1000, 1000), float(i)))
+    for wait in (0.05, 0.2, 0.33):
+        child = subprocess.Popen([sys.executable, "-c", LOOP, tmp_path], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        assert child.stdout.readline() == b"ready\n"
+        time.sleep(wait)
+        child.send_signal(signal_)
+        child.communicate()
+        litter = {path.name for path in tmp_path.iterdir()} - {"0", "1", "2", "out"}
+        if signal_ == signal.SIGINT:
+            assert litter == set()
+        if (tmp_path / "out").exists():
+            assert {path.name for path in (tmp_path / "out").iterdir()} == {
+                "config.json",
+                "model.safetensors",
+                "soup.json",
+            }
+            values = torch.cat(
+                [tensor.flatten() for tensor in load_file(tmp_path / "out" / "model.safetensors").values()]
+            )
+            assert values.unique().tolist() in ([0.5], [1.5])
+    assert cli.main([f"{tmp_path}/0", f"{tmp_path}/1", "-o", f"{tmp_path}/out", "--force", "-q"]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"0", "1", "2", "out"}
