@@ -1,0 +1,117 @@
+"""`soup` as a whole process beside the limit (`cat` of the inputs and a write of the output) and two peers.
+
+    python scripts/bench/soup.py [--count 4] [--repeats 5] [--folder /tmp/soup-bench]
+
+Writes `count` sharded bf16 checkpoints of about 0.9 GB into the folder, then takes turns, and prints medians of wall
+seconds and of peak resident memory. mergekit takes part when its command `mergekit-yaml` is installed. The start-up is
+that of a process that imports torch and does nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+LOAD_EVERYTHING = """
+import glob, sys, torch
+from safetensors.torch import load_file, save_file
+folders = sorted(glob.glob(sys.argv[1] + "/checkpoint-*"))
+models = [{k: v for f in sorted(glob.glob(d + "/*.safetensors")) for k, v in load_file(f).items()} for d in folders]
+mean = {k: (sum(m[k].float() for m in models) / len(models)).bfloat16() for k in models[0]}
+save_file(mean, sys.argv[2])
+"""
+
+
+def make(folder: Path, count: int) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    for i in range(count):
+        target = folder / f"checkpoint-{100 * (i + 1)}"
+        if (target / "config.json").exists():
+            continue
+        target.mkdir(parents=True, exist_ok=True)
+        torch.manual_seed(0)
+        places: dict[str, str] = {}
+        for shard in range(3):
+            name = f"model-{shard + 1:05d}-of-00003.safetensors"
+            tensors = {}
+            for layer in range(9):
+                for part, shape in (
+                    ("up", (4096, 1536)),
+                    ("down", (1536, 4096)),
+                    ("norm", (1536,)),
+                    ("qkv", (1536, 3072)),
+                ):
+                    base = torch.randn(shape, generator=torch.Generator().manual_seed(shard * 100 + layer)) * 0.02
+                    noise = torch.randn(shape, generator=torch.Generator().manual_seed(i)) * 0.001
+                    tensors[f"model.{shard}.{layer}.{part}.weight"] = (base + noise).bfloat16()
+            save_file(tensors, target / name, metadata={"format": "pt"})
+            places |= dict.fromkeys(tensors, name)
+        (target / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+        config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+        (target / "config.json").write_text(json.dumps(config))
+
+
+def run(command: list[str], env: dict[str, str]) -> tuple[float, float]:
+    """Wall seconds and peak resident megabytes of one process."""
+    begin = time.perf_counter()
+    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"{command[0]} failed: {process.stderr.read().decode() if process.stderr else ''}")
+    return time.perf_counter() - begin, usage.ru_maxrss / 1000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--folder", type=Path, default=Path("/tmp/soup-bench"))
+    options = parser.parse_args()
+    folder: Path = options.folder / str(options.count)
+    # In a process of its own: a child's peak memory counts what its parent held when it was started.
+    maker = multiprocessing.get_context("spawn").Process(target=make, args=(folder, options.count))
+    maker.start()
+    maker.join()
+    first = folder / "checkpoint-100"
+    limit = f"cat {folder}/checkpoint-*/*.safetensors >/dev/null; cat {first}/*.safetensors >{folder}/copy"
+    commands = {
+        "limit: cat inputs, write output": ["bash", "-c", limit],
+        "start-up: import torch": [sys.executable, "-c", "import torch"],
+        "soup": [sys.executable, "-m", "averaging.cli", str(folder), "-o", str(folder / "soup"), "-q"],
+        "load everything": [sys.executable, "-c", LOAD_EVERYTHING, str(folder), str(folder / "all.safetensors")],
+    }
+    if mergekit := shutil.which("mergekit-yaml"):
+        recipe = folder / "linear.yaml"
+        models = "".join(f"  - {{model: {path}, parameters: {{weight: 1}}}}\n" for path in folder.glob("checkpoint-*"))
+        recipe.write_text(f"merge_method: linear\ndtype: bfloat16\nmodels:\n{models}")
+        commands["mergekit linear"] = [mergekit, str(recipe), str(folder / "mergekit")]
+    env = {**os.environ, "OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1"}
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
+    for _ in range(options.repeats + 1):  # the first round warms the page cache
+        for name, command in commands.items():
+            for output in ("soup", "mergekit"):
+                shutil.rmtree(folder / output, ignore_errors=True)
+            for output in ("copy", "all.safetensors"):
+                (folder / output).unlink(missing_ok=True)
+            taken[name].append(run(command, env))
+    seconds = {name: statistics.median(t for t, _ in runs[1:]) for name, runs in taken.items()}
+    bound, start = seconds["limit: cat inputs, write output"], seconds["start-up: import torch"]
+    print(f"{options.count} checkpoints of {sum(f.stat().st_size for f in first.iterdir()) / 1e9:.2f} GB")
+    print("\n| | seconds | besides start-up, × limit | peak MB |\n|---|---:|---:|---:|")
+    for name, runs in taken.items():
+        extra = "" if name.startswith(("limit", "start")) else f"{(seconds[name] - start) / bound:.2f}"
+        print(f"| {name} | {seconds[name]:.2f} | {extra} | {max(m for _, m in runs):.0f} |")
+
+
+if __name__ == "__main__":
+    main()
