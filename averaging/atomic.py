@@ -57,6 +57,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
             _move(temporary, target, aside=staging / "old" / target.name)
             _fsync(target.parent)
     except BaseException:
+        sweep(target.parent)  # an interrupt may have fallen into the removal of the temporary itself
         for parent in made:
             with contextlib.suppress(OSError):
                 parent.rmdir()
