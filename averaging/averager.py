@@ -131,6 +131,18 @@ class Averager(ABC):
         """The spacing when ``every`` is not given."""
         return Length(1, "steps")
 
+    def observe(self, metrics: Mapping[str, float], step: int) -> None:
+        """Hear what an evaluation during training measured; most averagers do not care.
+
+        The trainers' callbacks call it after each evaluation, before a checkpoint is written. In your own loop, call
+        it yourself.
+
+        Args:
+            metrics: the names the trainer logs → values; with several validation sets perhaps one set's at a time.
+            step: optimizer steps done.
+        """
+        return
+
     def write_group(self, group: str, file: Path) -> None:
         """Write one group of `tensors` to a safetensors file."""
         from safetensors.torch import save_file
@@ -301,7 +313,7 @@ class Averager(ABC):
             layout = {name: (tuple(shape), getattr(torch, dtype)) for name, (shape, dtype) in state["layout"].items()}
             for group, weights in state["tensors"].items():
                 for name, (shape, _) in layout.items():
-                    if name not in weights or tuple(weights[name].shape) != shape:
+                    if name not in weights or _shape(weights, name) != shape:
                         raise ValueError(f"the state's {group!r} has no {name!r} of shape {shape}: it is damaged")
             step, epoch = int(state["step"]), float(state["epoch"])
             absorbed, absorbed_step = int(state["absorbed"]), int(state["absorbed_step"])
@@ -373,6 +385,13 @@ class Averager(ABC):
         dtype = self._layout[name][1]
         return dtype if rounded else accumulator_dtype(dtype)
 
+    def _wide_or_rounded(self, accumulators: Weights, rounded: bool) -> Weights:
+        """What `average` returns where the average itself is kept, in float32 or better."""
+        self._require_average()
+        if not rounded:
+            return accumulators
+        return {name: tensor.to(self._average_dtype(name, rounded)) for name, tensor in accumulators.items()}
+
     # ------------------------------------------------------------------ manners
 
     def __repr__(self) -> str:
@@ -398,3 +417,8 @@ class Averager(ABC):
             f"use `from averaging.lightning import {kind}` or `from averaging.transformers import {kind}` "
             "(or wrap it: AveragingCallback(averager))"
         )
+
+
+def _shape(weights: Weights, name: str) -> tuple[int, ...]:
+    """The shape of a tensor, which is not read where it lies in a file: the state may be many times the model."""
+    return weights.shape(name) if isinstance(weights, SnapshotFile) else tuple(weights[name].shape)

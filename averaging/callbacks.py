@@ -7,9 +7,12 @@ out its arguments, and one line in either adapter.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
+from numbers import Real
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import nn
 
 import averaging
@@ -82,6 +85,30 @@ class CallbackCore:
             restart = averager.update(model, step, epoch=epoch)
             if restart is not None:
                 load_into(model, restart)
+
+    def warn_ignored(self, leader: Averager) -> None:
+        """Say so if this callback, which does not lead, was given options that only the leading one obeys."""
+        if (self.evaluate, self.checkpoint) != ("average", "online"):
+            warnings.warn(
+                f"evaluate= and checkpoint= of the callback for {self.averager.name!r} are ignored: "
+                f"the first averaging callback, for {leader.name!r}, leads",
+                stacklevel=3,
+            )
+
+    def warn_no_average(self) -> None:
+        """Say that the leading average, which the model should hold when training ends, never began."""
+        warnings.warn(
+            f"training ended before {self.averager.name!r} absorbed anything: the model keeps its trained weights",
+            stacklevel=3,
+        )
+
+    def observe(self, metrics: Mapping[str, Any], step: int) -> None:
+        """Tell the averagers what an evaluation measured."""
+        numbers = {name: float(value) for name, value in metrics.items() if isinstance(value, Real | torch.Tensor)}
+        # Tensors made while Lightning validates could otherwise not be written to afterwards.
+        with torch.inference_mode(False), torch.no_grad():
+            for averager in self.averagers:
+                averager.observe(numbers, step)
 
     def missing_state(self, averager: Averager, where: str, error: Exception | None = None) -> None:
         """Start ``averager`` anew if that was asked for.

@@ -61,12 +61,8 @@ class AveragingCallback(CallbackCore, Callback):
             return
         averagers = self._all_averagers(trainer)
         require_different_names(averagers)
-        if not self._leads(trainer) and (self.evaluate, self.checkpoint) != ("average", "online"):
-            warnings.warn(
-                f"evaluate= and checkpoint= of the callback for {self.averager.name!r} are ignored: "
-                f"the first averaging callback, for {averagers[0].name!r}, leads",
-                stacklevel=2,
-            )
+        if not self._leads(trainer):
+            self.warn_ignored(averagers[0])
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.save_weights_only:
                 raise ValueError(
@@ -113,10 +109,7 @@ class AveragingCallback(CallbackCore, Callback):
         if not self._leads(trainer):
             return
         if not self.averager.absorbed:
-            warnings.warn(
-                f"training ended before {self.averager.name!r} absorbed anything: the model keeps its trained weights",
-                stacklevel=2,
-            )
+            self.warn_no_average()
             return
         own = named_weights(pl_module, frozen=True, buffers=True)
         online = {name: own[name].to("cpu", copy=True) for name in self.averager.average(rounded=True)}
@@ -131,11 +124,13 @@ class AveragingCallback(CallbackCore, Callback):
             self._online = self._evaluation.enter_context(applied(pl_module, self.averager))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._evaluation is None:
-            return
+        evaluated = self._evaluation is not None
         self._leave_evaluation()
-        if self.evaluate == "both" and not trainer.sanity_checking:
+        if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
+            return
+        if evaluated and self.evaluate == "both":
             _validate_again(trainer, prefix="online_")
+        self.observe(trainer.callback_metrics, trainer.global_step)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._leave_evaluation()

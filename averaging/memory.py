@@ -176,6 +176,12 @@ class SnapshotFile(Mapping[str, "Tensor"]):
         tensor: Tensor = self._open.get_tensor(name)
         return tensor
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, which is not read."""
+        if name not in self._names:
+            raise KeyError(name)
+        return tuple(self._open.get_slice(name).get_shape())
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
 

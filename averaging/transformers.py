@@ -15,7 +15,6 @@ import inspect
 import math
 import os
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -48,6 +47,7 @@ class AveragingCallback(CallbackCore, TrainerCallback):
 
     framework: ClassVar[str] = "transformers"
     _detach: Any = None
+    _training = False
 
     def __radd__(self, callbacks: list[TrainerCallback]) -> list[TrainerCallback]:
         # Trainer adds what it is given to its list of default callbacks: one callback is a list of itself.
@@ -78,12 +78,8 @@ class AveragingCallback(CallbackCore, TrainerCallback):
             if checkpoint:
                 self._restore_online(trainer, checkpoint, averagers)
             self._attach(trainer, averagers)
-        elif (self.evaluate, self.checkpoint) != ("average", "online"):
-            warnings.warn(
-                f"evaluate= and checkpoint= of the callback for {self.averager.name!r} are ignored: "
-                f"the first averaging callback, for {averagers[0].name!r}, leads",
-                stacklevel=2,
-            )
+        else:
+            self.warn_ignored(averagers[0])
         if checkpoint:
             for averager in self.averagers:
                 try:
@@ -92,15 +88,21 @@ class AveragingCallback(CallbackCore, TrainerCallback):
                     self.missing_state(averager, str(checkpoint), error)
         for averager in self.averagers:
             averager.bind(trainer.model)
+        self._training = True
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if getattr(kwargs.get("optimizer"), "step_was_skipped", False):
             return  # fp16 found an overflow: nothing was learned in this step
         self.offer(kwargs["model"], state.global_step, state.epoch)
 
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._training:
+            self.observe(kwargs["metrics"], state.global_step)
+
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self._training = False
         if self._detach is None:
             return
         self._detach()
@@ -112,10 +114,7 @@ class AveragingCallback(CallbackCore, TrainerCallback):
         if averager.absorbed:
             load_into(model, averager)
         else:
-            warnings.warn(
-                f"training ended before {averager.name!r} absorbed anything: the model keeps its trained weights",
-                stacklevel=2,
-            )
+            self.warn_no_average()
 
     # ------------------------------------------------------------------ around the trainer's methods
 

@@ -181,3 +181,14 @@ def test_a_plain_torch_loop_and_ddp_names():
         seen.append(model.weight.detach().clone())
     exact = torch.stack([seen[3].double(), seen[5].double()]).mean(0).float()
     assert torch.equal(average.average()["weight"], exact)
+
+
+def test_loading_reads_each_tensor_once(tmp_path, monkeypatch):
+    averager = LAWA(k=3, every=1)
+    feed(averager, stream(5))
+    averager.save(tmp_path / "state")
+    read = []
+    get = SnapshotFile.__getitem__
+    monkeypatch.setattr(SnapshotFile, "__getitem__", lambda self, name: read.append(self.file.name) or get(self, name))
+    LAWA(k=3, every=1).load(tmp_path / "state")
+    assert sorted(read) == sorted(file.name for file in (tmp_path / "state").glob("*.safetensors"))

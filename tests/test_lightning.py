@@ -580,3 +580,37 @@ def test_a_new_run_of_the_same_callback_starts_anew(tmp_path: Path) -> None:
     _, module, recorder = fit(tmp_path, callback, module=Regression(seed=5), epochs=2)
     assert same(weights_of(module), recorder.mean(4, 6, 8))
     assert callback.averager.absorbed == 4
+
+
+class Hears(averaging.EMA):
+    """Keeps what it observes, and makes a tensor then that it writes to later."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(0.9, name=name)
+        self.heard: list[tuple[int, dict[str, float]]] = []
+        self.made = torch.zeros(1)
+
+    def observe(self, metrics: Any, step: int) -> None:
+        self.heard.append((step, dict(metrics)))
+        self.made = torch.zeros(1)
+
+    def absorb(self, weights: Any, step: int) -> None:
+        self.made += 1
+        super().absorb(weights, step)
+
+
+def test_averagers_observe_every_validation_before_the_checkpoint(tmp_path: Path) -> None:
+    ears = [Hears("one"), Hears("two")]
+
+    class Saves(ModelCheckpoint):
+        def on_save_checkpoint(self, *_: Any) -> None:
+            assert all(averager.heard[-1][0] == _[0].global_step for averager in ears)
+
+    callbacks = AveragingCallback(ears[0], evaluate="both"), AveragingCallback(ears[1])
+    best = Saves(tmp_path, monitor="val_loss")
+    trainer, module, recorder = fit(tmp_path, *callbacks, best, num_sanity_val_steps=1)
+    trainer.validate(module, verbose=False)
+    for averager in ears:
+        assert [step for step, _ in averager.heard] == [4, 8, 12]
+        for (_, heard), measured in zip(averager.heard, recorder.measured, strict=True):
+            assert {name: heard[name] for name in ("val_loss", "online_val_loss")} == measured

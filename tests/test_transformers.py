@@ -331,3 +331,33 @@ def test_lora(tmp_path, checkpoint):
     folder = tmp_path / "b" / "checkpoint-12" / ("" if checkpoint == "average" else "lawa")
     opened = peft.PeftModel.from_pretrained(tiny_model(), folder, is_trainable=True)
     assert_equal(snapshot(opened), mean64([recorder.weights[t] for t in (9, 12)]))
+
+
+class Hears(averaging.EMA):
+    """Keeps what it observes."""
+
+    def __init__(self) -> None:
+        super().__init__(0.9)
+        self.heard: list[tuple[int, set[str], float]] = []
+
+    def observe(self, metrics, step) -> None:
+        self.heard.append((step, set(metrics), metrics["eval_loss"]))
+
+
+def test_averagers_observe_every_evaluation_before_the_checkpoint(tmp_path):
+    ears = [Hears(), Hears()]
+    ears[1].name = "second"
+
+    class Saved(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            assert [averager.heard[-1][0] for averager in ears] == [state.global_step] * 2
+
+    callbacks = [AveragingCallback(ears[0], evaluate="both"), AveragingCallback(ears[1]), Saved()]
+    run = trainer(tmp_path, callbacks)
+    run.evaluate()
+    run.train()
+    run.evaluate()
+    logged = [entry for entry in run.state.log_history if "eval_loss" in entry][:3]
+    for averager in ears:
+        assert [(step, loss) for step, _, loss in averager.heard] == [(e["step"], e["eval_loss"]) for e in logged]
+        assert all("eval_online_loss" in names for _, names, _ in averager.heard)

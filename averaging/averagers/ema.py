@@ -141,10 +141,7 @@ class EMA(Averager):
             kernels.lerp_(self._ema, weights, 1 - self._decay(step))
 
     def average(self, *, rounded: bool = False) -> Weights:
-        self._require_average()
-        if not rounded:
-            return self._ema
-        return {name: tensor.to(self._average_dtype(name, rounded)) for name, tensor in self._ema.items()}
+        return self._wide_or_rounded(self._ema, rounded)
 
     def tensors(self) -> Mapping[str, Weights]:
         return {"ema": self._ema} if self._ema else {}

@@ -55,10 +55,7 @@ class SWA(Averager):
             kernels.lerp_(self._mean, weights, 1 / (self.absorbed + 1))
 
     def average(self, *, rounded: bool = False) -> Weights:
-        self._require_average()
-        if not rounded:
-            return self._mean
-        return {name: tensor.to(self._average_dtype(name, rounded)) for name, tensor in self._mean.items()}
+        return self._wide_or_rounded(self._mean, rounded)
 
     def tensors(self) -> Mapping[str, Weights]:
         return {"mean": self._mean} if self._mean else {}
