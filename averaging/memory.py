@@ -182,6 +182,9 @@ class SnapshotFile(Mapping[str, "Tensor"]):
             raise KeyError(name)
         return tuple(self._open.get_slice(name).get_shape())
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._names  # Mapping's own would read the tensor
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
 
