@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import nn
 
 from averaging.atomic import replacing
 from averaging.kernels import accumulator_dtype
-from averaging.memory import SnapshotFile
+from averaging.memory import SnapshotFile, WrittenFile
 from averaging.schedule import Length, Run, Schedule, Span
 from averaging.weights import Binding, Weights
-
-if TYPE_CHECKING:
-    import os
-
 
 STATE_FILE = "averaging.json"
 STATE_VERSION = 1
@@ -54,6 +52,9 @@ class Averager(ABC):
     Raises:
         ValueError, TypeError: an argument that is out of range or of the wrong kind.
     """
+
+    immutable: ClassVar[bool] = False
+    """Whether a group of `tensors`, once there, never changes, so that saved states may share its file."""
 
     def __init__(
         self,
@@ -90,6 +91,7 @@ class Averager(ABC):
         self.absorbed_step = 0
         """Optimizer steps done at the last absorption."""
         self._layout: dict[str, tuple[tuple[int, ...], torch.dtype]] | None = None
+        self._written: dict[str, WrittenFile] = {}
 
     # ------------------------------------------------------------------ what a subclass provides
 
@@ -326,21 +328,34 @@ class Averager(ABC):
         self.step, self.epoch, self.absorbed, self.absorbed_step = step, epoch, absorbed, absorbed_step
         self._layout = layout or None
         self._binding = None
+        self._written = {}
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write the state to ``folder``, as a whole or not at all: numbers as JSON, tensors as safetensors."""
-        with replacing(Path(folder)) as staging:
-            staging.mkdir()
-            self.write_state(staging)
+        """Write the state to ``folder``, as a whole or not at all: numbers as JSON, tensors as safetensors.
 
-    def write_state(self, folder: Path) -> None:
-        """Write the state's files into an existing folder; `save` does it atomically."""
-        sizes = {}
-        for group in self.tensors():
-            file = folder / f"{group}.safetensors"
-            self.write_group(group, file)
-            sizes[file.name] = file.stat().st_size
-        (folder / STATE_FILE).write_text(json.dumps({**self.numbers(), "files": sizes}, indent=1) + "\n")
+        What never changes, LAWA's snapshots, is written once: the next states saved on the same file system hold
+        hard links to the file in the state saved or loaded last, as long as that is there.
+        """
+        with self.saving(folder):
+            pass
+
+    @contextmanager
+    def saving(self, folder: str | os.PathLike[str]) -> Iterator[Path]:
+        """`save`, where the ``with`` block may add files of its own to the unfinished folder that it is given."""
+        folder = Path(os.path.abspath(folder))
+        written = {}
+        with replacing(folder) as staging:
+            staging.mkdir()
+            for group in self.tensors():
+                file = staging / f"{group}.safetensors"
+                earlier = self._written.get(group)
+                if not (self.immutable and earlier and earlier.link(file)):
+                    self.write_group(group, file)
+                written[group] = WrittenFile.of(file, kept_at=folder / file.name)
+            sizes = {file.path.name: file.size for file in written.values()}
+            (staging / STATE_FILE).write_text(json.dumps({**self.numbers(), "files": sizes}, indent=1) + "\n")
+            yield staging
+        self._written = written
 
     def load(self, folder: str | os.PathLike[str]) -> Self:
         """Restore what `save` wrote.
@@ -357,18 +372,20 @@ class Averager(ABC):
             files = dict(state["files"])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{file}: damaged ({error!r})") from error
-        tensors = {}
+        tensors, written = {}, {}
         for name, size in files.items():
             part = file.parent / Path(name).name
             if not part.is_file():
                 raise FileNotFoundError(f"{part}: not found, though {file.name} lists it")
             if part.stat().st_size != size:
                 raise ValueError(f"{part}: {part.stat().st_size} bytes instead of {size}: it is damaged")
-            tensors[part.name.removesuffix(".safetensors")] = SnapshotFile(part)
+            group = part.name.removesuffix(".safetensors")
+            tensors[group], written[group] = SnapshotFile(part), WrittenFile.of(part)
         try:
             self.load_state_dict({**state, "tensors": tensors})
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from error
+        self._written = written
         return self
 
     # ------------------------------------------------------------------ for subclasses

@@ -7,11 +7,17 @@ trainer = Trainer(callbacks=LAWA(k=5))
 from __future__ import annotations
 
 import os
+import secrets
+import shutil
 import warnings
 from contextlib import ExitStack
+from glob import escape, glob
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.fabric.utilities.cloud_io import _is_local_file_protocol
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers.logger import DummyLogger
@@ -37,7 +43,8 @@ class AveragingCallback(CallbackCore, Callback):
       beside it: ``val_loss`` is the average's and ``online_val_loss`` theirs.
     - A checkpoint's ``state_dict`` holds the weights being trained, and under the key ``averaging`` every average
       and its state: ``module.load_state_dict(load_average("last.ckpt"))``. With ``checkpoint="average"`` the
-      ``state_dict`` itself is the average, and the weights being trained lie under the key.
+      ``state_dict`` itself is the average, and the weights being trained lie under the key. The snapshots of LAWA,
+      which only resuming needs, lie in the folder ``last.ckpt.averaging-…`` beside it, as files that checkpoints share.
     - ``ModelCheckpoint(monitor=...)`` picks by what was measured, and ``validate``, ``test`` and ``predict`` with
       ``ckpt_path=`` put that checkpoint's average into the model.
     - When training ends (at ``on_fit_end``) the model holds the average. The online weights are in the last
@@ -57,6 +64,8 @@ class AveragingCallback(CallbackCore, Callback):
     # ------------------------------------------------------------------ fit
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = _CheckpointIO()
         if stage != "fit":
             return
         averagers = self._all_averagers(trainer)
@@ -146,12 +155,13 @@ class AveragingCallback(CallbackCore, Callback):
         if not self._leads(trainer):
             return
         state_dict = checkpoint["state_dict"]
+        beside = isinstance(trainer.strategy.checkpoint_io, _CheckpointIO)
         averages: dict[str, dict[str, Any]] = {}
         for averager in self._all_averagers(trainer):
             average = averager.average(rounded=True) if averager.absorbed else {}
             averages[averager.name] = {
                 "average": _entries(pl_module, state_dict, average),
-                "state": averager.state_dict(),
+                "state": averager if beside and averager.immutable else averager.state_dict(),
             }
         online = {key: state_dict[key] for key in averages[self.averager.name]["average"]}
         if self._online is not None:
@@ -184,8 +194,15 @@ class AveragingCallback(CallbackCore, Callback):
             averager.reset()
             if payload is None or averager.name not in payload["averages"]:
                 self.missing_state(averager, "the checkpoint")
-            else:
-                averager.load_state_dict(payload["averages"][averager.name]["state"])
+                continue
+            state = payload["averages"][averager.name]["state"]
+            if "folder" not in state:
+                averager.load_state_dict(state)
+                continue
+            try:
+                averager.load(state["folder"])
+            except FileNotFoundError as error:
+                self.missing_state(averager, "the folder beside the checkpoint, which is to move along with it,", error)
         if payload is not None and self._leads(trainer):
             pl_module.load_state_dict(payload.get(ONLINE, {}), strict=False)
 
@@ -200,6 +217,57 @@ class AveragingCallback(CallbackCore, Callback):
 
     def _all_averagers(self, trainer: Trainer) -> list[Averager]:
         return [averager for callback in self._callbacks(trainer) for averager in callback.averagers]
+
+
+class _CheckpointIO(TorchCheckpointIO):
+    """Lightning's own, with the averages that consist of snapshots in a folder beside each checkpoint.
+
+    Checkpoints share the files of the snapshots in these folders as hard links. A checkpoint names its folder, which
+    is never written to again: a new one is made before a checkpoint is replaced, and the old one removed afterwards.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        entries = [entry for entry in _averages(checkpoint) if isinstance(entry["state"], Averager)]
+        if not _is_local_file_protocol(path):
+            for entry in entries:
+                entry["state"] = entry["state"].state_dict()
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        replaced = _folders(path)
+        folder = Path(f"{path}.{KEY}-{secrets.token_hex(4)}")
+        try:
+            for entry in entries:
+                averager = entry["state"]
+                averager.save(folder / averager.name)
+                entry["state"] = {"folder": f"{folder.name}/{averager.name}"}
+            super().save_checkpoint(checkpoint, path, storage_options)
+        except Exception:  # not Ctrl-C, which may come when the checkpoint is already there
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        for old in replaced:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def load_checkpoint(self, path: str | Path, *args: Any, **options: Any) -> dict[str, Any]:
+        checkpoint = super().load_checkpoint(path, *args, **options)
+        place = os.path.dirname(os.path.realpath(path))  # last.ckpt may be a symbolic link
+        for entry in _averages(checkpoint):
+            if "folder" in entry["state"]:
+                entry["state"]["folder"] = os.path.join(place, entry["state"]["folder"])
+        return checkpoint
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        super().remove_checkpoint(path)
+        for folder in _folders(path):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _averages(checkpoint: dict[str, Any]) -> list[dict[str, Any]]:
+    return [*checkpoint.get(KEY, {"averages": {}})["averages"].values()]
+
+
+def _folders(checkpoint: str | Path) -> list[str]:
+    """The folders beside ``checkpoint`` that hold its snapshots: one, and what interrupted writes have left."""
+    return glob(f"{escape(str(checkpoint))}.{KEY}-*")
 
 
 def load_average(checkpoint: str | os.PathLike[str], name: str | None = None) -> dict[str, torch.Tensor]:

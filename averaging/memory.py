@@ -12,6 +12,7 @@ import uuid
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -153,6 +154,38 @@ def _link(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:
         shutil.copyfile(source, target)
+
+
+@dataclass(frozen=True)
+class WrittenFile:
+    """A file that is never written to again, and by which it is known to be still the same one."""
+
+    path: Path
+    size: int
+    identity: tuple[int, int, int]
+
+    @classmethod
+    def of(cls, file: Path, kept_at: Path | None = None) -> WrittenFile:
+        """The file as it is now; ``kept_at`` is where it is about to be moved."""
+        return cls(kept_at or file.absolute(), *_identity(file))
+
+    def link(self, target: Path) -> bool:
+        """Make ``target`` a hard link to the file; False where it is gone or changed, or cannot be linked."""
+        try:
+            os.link(self.path, target)
+        except OSError:
+            return False
+        # Asked of the link, which nobody can exchange, not of the path, at which another run may be writing.
+        if _identity(target) == (self.size, self.identity):
+            return True
+        target.unlink()
+        return False
+
+
+def _identity(file: Path) -> tuple[int, tuple[int, int, int]]:
+    """Size, and what a copy, a rewritten and a replaced file do not share: device, inode, time of the last change."""
+    stat = file.stat()
+    return stat.st_size, (stat.st_dev, stat.st_ino, stat.st_mtime_ns)
 
 
 class SnapshotFile(Mapping[str, "Tensor"]):

@@ -147,11 +147,10 @@ class AveragingCallback(CallbackCore, TrainerCallback):
             with applied(trainer.model, lead) if lead else nullcontext():
                 save_model(output_dir, _internal_call=True, **kwargs)
             if lead:
-                with _folder(output_dir, ONLINE) as folder:
+                with replacing(Path(output_dir) / ONLINE) as folder:
                     save_model(str(folder), _internal_call=True, **kwargs)
             for averager in averagers:
-                with _folder(output_dir, averager.name) as folder:
-                    averager.write_state(folder)
+                with averager.saving(Path(output_dir) / averager.name) as folder:
                     if averager is not lead:
                         with applied(trainer.model, averager):
                             save_model(str(folder), _internal_call=True, **kwargs)
@@ -195,14 +194,6 @@ def _running_trainer(
     if checkpoint is None and state.global_step > 0:
         checkpoint = str(Path(args.output_dir) / f"checkpoint-{state.global_step}")
     return trainer, Path(checkpoint) if checkpoint else None
-
-
-@contextmanager
-def _folder(checkpoint: str, name: str) -> Iterator[Path]:
-    """A folder in a checkpoint that appears when it is complete."""
-    with replacing(Path(checkpoint) / name) as staging:
-        staging.mkdir()
-        yield staging
 
 
 def _length(dataloader: Any) -> int | None:

@@ -11,7 +11,7 @@ Ajroldi, Orvieto and Geiping 2025, "When, Where and Why to Average Weights?" (ar
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -34,7 +34,7 @@ class LAWA(Averager):
     absorption. Until ``k`` snapshots have been absorbed it is the mean of those there are.
 
     Costs ``k`` copies of the weights in ``memory``, plus one while an average is in use; an absorption is one
-    copy of the weights.
+    copy of the weights. Saved states share the files of the snapshots, so that each is written once.
 
     Args:
         k: snapshots averaged, at least 1.
@@ -50,6 +50,8 @@ class LAWA(Averager):
     Raises:
         ValueError: k < 1, or both ``every`` and ``window``.
     """
+
+    immutable: ClassVar[bool] = True
 
     def __init__(
         self,
