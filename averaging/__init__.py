@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from averaging.averagers.ema import EMA
     from averaging.averagers.lawa import LAWA
     from averaging.averagers.swa import SWA
+    from averaging.batchnorm import recalibrate, recalibrated
     from averaging.weights import Weights, named_weights
 
 __version__ = "0.1.0"
@@ -29,9 +30,22 @@ _HOME = {
     "applied": "averaging.apply",
     "load_into": "averaging.apply",
     "named_weights": "averaging.weights",
+    "recalibrate": "averaging.batchnorm",
+    "recalibrated": "averaging.batchnorm",
 }
 
-__all__ = ["EMA", "LAWA", "SWA", "Averager", "Weights", "applied", "load_into", "named_weights"]
+__all__ = [
+    "EMA",
+    "LAWA",
+    "SWA",
+    "Averager",
+    "Weights",
+    "applied",
+    "load_into",
+    "named_weights",
+    "recalibrate",
+    "recalibrated",
+]
 
 
 def __getattr__(name: str) -> Any:
