@@ -15,9 +15,9 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import nn
 
+from averaging import kernels
 from averaging.atomic import replacing
-from averaging.kernels import accumulator_dtype
-from averaging.memory import SnapshotFile, WrittenFile
+from averaging.memory import SnapshotFile, WrittenFile, save_weights
 from averaging.schedule import Length, Run, Schedule, Span
 from averaging.weights import Binding, Weights
 
@@ -147,9 +147,7 @@ class Averager(ABC):
 
     def write_group(self, group: str, file: Path) -> None:
         """Write one group of `tensors` to a safetensors file."""
-        from safetensors.torch import save_file
-
-        save_file({name: tensor.contiguous() for name, tensor in self.tensors()[group].items()}, file)
+        save_weights(self.tensors()[group], file)
 
     # ------------------------------------------------------------------ training
 
@@ -400,14 +398,14 @@ class Averager(ABC):
     def _average_dtype(self, name: str, rounded: bool) -> torch.dtype:
         assert self._layout is not None
         dtype = self._layout[name][1]
-        return dtype if rounded else accumulator_dtype(dtype)
+        return dtype if rounded else kernels.accumulator_dtype(dtype)
 
     def _wide_or_rounded(self, accumulators: Weights, rounded: bool) -> Weights:
         """What `average` returns where the average itself is kept, in float32 or better."""
         self._require_average()
         if not rounded:
             return accumulators
-        return {name: tensor.to(self._average_dtype(name, rounded)) for name, tensor in accumulators.items()}
+        return {name: kernels.rounded(tensor, self._average_dtype(name, True)) for name, tensor in accumulators.items()}
 
     # ------------------------------------------------------------------ manners
 

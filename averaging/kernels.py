@@ -25,6 +25,7 @@ DEVICE_BLOCK = 16 * 1024 * 1024
 LERP_BLOCK = 1024 * 1024
 
 HALF = (torch.bfloat16, torch.float16)
+WIDE = (torch.float64, torch.complex128)
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -141,9 +142,28 @@ def mean(tensors: Sequence[Tensor], out: Tensor) -> Tensor:
     return out
 
 
-def accumulators(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of ``weights`` in float32 or better, on the same devices."""
-    return {name: tensor.detach().to(accumulator_dtype(tensor.dtype), copy=True) for name, tensor in weights.items()}
+def accumulators(weights: Mapping[str, Tensor], *, wide: bool = False) -> dict[str, Tensor]:
+    """Copies of ``weights`` in float32 or better, or in float64 if ``wide``, on the same devices.
+
+    Raises:
+        ValueError: ``wide`` on a device that has no float64.
+    """
+    dtype_of = _wide_dtype if wide else accumulator_dtype
+    for name, tensor in weights.items():
+        if wide and tensor.device.type == "mps":
+            raise ValueError(
+                f"{name!r} is on {tensor.device}, which has no float64, so nothing can be accumulated in it there: "
+                "absorb less often instead (a larger every=)"
+            )
+    return {name: tensor.detach().to(dtype_of(tensor.dtype), copy=True) for name, tensor in weights.items()}
+
+
+def rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor`` in ``dtype``, rounded once; itself if that is its dtype."""
+    if tensor.dtype in WIDE and accumulator_dtype(dtype) is not dtype:
+        # Conversion alone would round twice; and mean works block by block.
+        return mean([tensor], torch.empty(tensor.shape, dtype=dtype, device=tensor.device))
+    return tensor.to(dtype)
 
 
 def lerp_(accumulated: dict[str, Tensor], weights: Mapping[str, Tensor], weight: float) -> None:

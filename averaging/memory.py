@@ -53,7 +53,7 @@ class Memory(ABC):
 
     def save(self, key: str, file: Path) -> None:
         """Write the weights under ``key`` to ``file``, a safetensors file."""
-        save_file(dict(self[key]), file)
+        save_weights(self[key], file)
 
 
 class TensorMemory(Memory):
@@ -110,7 +110,7 @@ class DiskMemory(Memory):
         unfinished = file.with_suffix(".partial")
         try:
             # Never rewrite a file in place: a mean may be reading it, or a checkpoint be linked to it.
-            save_file({name: tensor.detach().contiguous() for name, tensor in weights.items()}, unfinished)
+            save_weights(weights, unfinished)
             os.replace(unfinished, file)
         except (OSError, SafetensorError) as error:
             unfinished.unlink(missing_ok=True)
@@ -188,6 +188,21 @@ def _identity(file: Path) -> tuple[int, tuple[int, int, int]]:
     return stat.st_size, (stat.st_dev, stat.st_ino, stat.st_mtime_ns)
 
 
+# Complex numbers that safetensors has no name for are written as pairs of real ones, and listed in the metadata.
+_PAIRS = (torch.complex32, torch.complex128)
+
+
+def save_weights(weights: Weights, file: Path) -> None:
+    """Write ``weights`` to a safetensors file that `SnapshotFile` reads."""
+    tensors, pairs = {}, {}
+    for name, tensor in weights.items():
+        if tensor.dtype in _PAIRS:
+            tensor = torch.view_as_real(tensor)
+            pairs[name] = "complex"
+        tensors[name] = tensor.detach().contiguous()
+    save_file(tensors, file, metadata=pairs)
+
+
 class SnapshotFile(Mapping[str, "Tensor"]):
     """The weights in a safetensors file, read tensor by tensor when asked for.
 
@@ -202,18 +217,20 @@ class SnapshotFile(Mapping[str, "Tensor"]):
         except SafetensorError as error:
             raise ValueError(f"{file}: not a complete safetensors file ({error})") from error
         self._names: list[str] = [*self._open.keys()]  # type: ignore[no-untyped-call]
+        self._pairs: dict[str, str] = self._open.metadata() or {}  # type: ignore[no-untyped-call]
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names:
             raise KeyError(name)
         tensor: Tensor = self._open.get_tensor(name)
-        return tensor
+        return torch.view_as_complex(tensor) if name in self._pairs else tensor
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor, which is not read."""
         if name not in self._names:
             raise KeyError(name)
-        return tuple(self._open.get_slice(name).get_shape())
+        shape = tuple(self._open.get_slice(name).get_shape())
+        return shape[:-1] if name in self._pairs else shape
 
     def __contains__(self, name: object) -> bool:
         return name in self._names  # Mapping's own would read the tensor

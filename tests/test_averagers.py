@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import math
 import os
+import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from averaging import EMA, LAWA, SWA
+from averaging import EMA, LAWA, SWA, load_into
 from averaging.memory import SnapshotFile
 
 
@@ -151,6 +153,129 @@ def test_ema_moves_where_bf16_would_stall():
         averager.update(end, step)
     expected = 1.125 - 0.125 * 0.999**5000
     torch.testing.assert_close(averager.average()["w"], torch.full((8,), expected), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("settings", [{"decay": 0.9}, {"half_life": 0.25}, {"window": "30%"}])
+@pytest.mark.parametrize("warmup", [None, "tensorflow", "power", "debias", "edm2"])
+@pytest.mark.parametrize("compensated", [False, True])
+def test_ema_of_a_late_start_and_a_counter_that_jumps(settings, warmup, compensated):
+    decay = {"decay": 0.9, "half_life": 2 ** (-1 / 20), "window": 1 - 2 / 25}[next(iter(settings))]
+    steps = [t for t in range(3, 81, 2) if t % 7]
+    snapshots = dict(zip(steps, stream(len(steps)), strict=True))
+    averager = EMA(**settings, every=3, start=10, warmup=warmup, compensated=compensated).prepare(total_steps=80)
+    absorbed = []
+    for step in steps:
+        count = averager.absorbed
+        averager.update(snapshots[step], step)
+        absorbed += [step] * (averager.absorbed - count)
+    first = absorbed[0]
+
+    def beta(t):  # of the optimizer step that is the t-th after the first absorption
+        grown = {
+            "tensorflow": lambda: (1 + t) / (10 + t),
+            "power": lambda: 1 - (1 + t) ** (-2 / 3),
+            "edm2": lambda: 2 ** (-1 / (0.09 * t)),
+        }
+        return min(decay, grown[warmup]()) if warmup in grown else decay
+
+    expected, weight = torch.zeros(257, dtype=torch.float64), 1.0
+    if warmup == "debias":
+        last = first - 3  # the first absorption stands for as many steps as `every`
+    else:
+        expected, last = snapshots[first]["w"].double(), first
+    for step in absorbed:
+        keep = math.prod(beta(t - first) for t in range(last + 1, step + 1))
+        expected = keep * expected + (1 - keep) * snapshots[step]["w"].double()
+        weight, last = weight * keep, step
+    if warmup == "debias":
+        expected = expected / (1 - weight)
+    average = averager.average()["w"]
+    assert average.dtype == (torch.float64 if compensated else torch.float32)
+    tolerance = 1e-12 if compensated else 1e-6
+    torch.testing.assert_close(average.double(), expected, rtol=tolerance, atol=0.1 * tolerance)
+
+
+def recovered(averager, offset: float, steps: int) -> float:
+    """The share of a constant relative offset that the average has made up for."""
+    start, end = torch.linspace(-2, 3, 16), torch.linspace(-2, 3, 16) * (1 + offset)
+    averager.update({"w": start}, 1)
+    for step in range(2, steps + 2):
+        averager.update({"w": end}, step)
+    return float(((averager.average()["w"].double() - start.double()) / (end.double() - start.double())).min())
+
+
+def test_a_compensated_ema_does_not_stall():
+    assert recovered(EMA(0.9999, compensated=True), 1e-4, 80_000) > 0.999
+    with pytest.warns(UserWarning, match=r"compensated=True .* every=2"):
+        assert recovered(EMA(0.9999), 1e-4, 10_000) < 0.1
+    # As slow as it must be, and still moving where only a thousandth is missing.
+    averager = EMA(0.99999, compensated=True)
+    assert recovered(averager, 1e-4, 20_000) == pytest.approx(1 - 0.99999**20_000, rel=1e-6)
+    state, end = averager.state_dict(), torch.linspace(-2, 3, 16) * (1 + 1e-4)
+    state["tensors"]["ema"] = {"w": end.double() * (1 - 1e-7)}
+    averager.load_state_dict(state)
+    for step in range(20_002, 40_002):
+        averager.update({"w": end}, step)
+    missing = (end.double() - averager.average()["w"]) / end.double()
+    torch.testing.assert_close(missing, torch.full_like(missing, 1e-7 * 0.99999**20_000), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize(("decay", "dtype"), [(0.9999, torch.bfloat16), (0.99999, torch.float32)])
+def test_a_compensated_ema_over_many_steps_of_training(decay, dtype):
+    generator = torch.Generator().manual_seed(5)
+    # A decaying trend with the noise of the gradients, as weights move in training.
+    trend = 1 - 0.5 * torch.exp(-torch.arange(100_000) / 20_000)
+    stream = torch.randn(8, generator=generator) * 0.05 * trend[:, None]
+    stream = (stream + torch.randn(100_000, 8, generator=generator) * 1e-4).to(dtype)
+    averager = EMA(decay, compensated=True)
+    for step, weights in enumerate(stream):
+        averager.update({"w": weights}, step + 1)
+    shares = (1 - decay) * decay ** torch.arange(99_999, -1, -1, dtype=torch.float64)
+    shares[0] /= 1 - decay
+    expected = shares @ stream.double()
+    torch.testing.assert_close(averager.average()["w"], expected, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(averager.average(rounded=True)["w"], expected.to(dtype))
+
+
+def test_a_device_without_float64_is_an_error():
+    weight = SimpleNamespace(shape=(2,), dtype=torch.float32, device=torch.device("mps"))
+    with pytest.raises(ValueError, match=r"'w' is on mps, which has no float64"):
+        EMA(0.9999, compensated=True).update({"w": weight}, 1)
+
+
+def test_a_compensated_average_is_rounded_once():
+    # Just above the middle of two bfloat16 numbers: by way of float32 it would come to lie on it.
+    state = EMA(0.9, compensated=True)
+    state.update({"w": torch.ones(3, dtype=torch.bfloat16)}, 1)
+    content = state.state_dict()
+    content["tensors"]["ema"] = {"w": torch.tensor([1 + 2**-8 + 2**-40] * 3, dtype=torch.float64)}
+    state.load_state_dict(content)
+    assert (state.average(rounded=True)["w"] == 1 + 2**-7).all()
+    model = nn.ParameterDict({"w": torch.ones(3, dtype=torch.bfloat16)})
+    load_into(model, state)
+    assert (model["w"] == 1 + 2**-7).all()
+
+
+@pytest.mark.parametrize(
+    ("averager", "stalls"),
+    [
+        (EMA(0.9999), True),
+        (EMA(0.9999, every=10), False),
+        (EMA(0.999), False),
+        (EMA(window=40_000), True),
+        (EMA(0.99999, warmup="debias"), True),
+        (EMA(1.0), False),
+        (EMA(0.99999, compensated=True), False),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_decays_at_which_float32_stalls_are_warned_of_once(averager, stalls, dtype):
+    averager.reset()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for step in range(1, 41):
+            averager.update({"w": torch.ones(3, dtype=dtype)}, step)
+    assert len(caught) == (stalls and dtype != torch.float64)
 
 
 def test_swa_is_the_mean_since_its_start():

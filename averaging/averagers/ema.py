@@ -12,6 +12,7 @@ timm's ModelEmaV3; Kingma and Ba 2015 (arXiv:1412.6980) section 3 for the debias
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,14 +25,17 @@ if TYPE_CHECKING:
 
     from averaging.weights import Weights
 
+# Where a weight's dead zone in float32, 2^−24/(1 − βⁿ), reaches float16's rounding error, 2^−11.
+STALL = 2.0**-13
+
 Warmup = Literal["tensorflow", "power", "debias", "edm2"]
 
 
 class EMA(Averager):
     """The exponential moving average, accumulated in float32 or better on the weights' device.
 
-    The first absorption is a copy. Costs one float32 copy of the weights; an absorption is one pass over the
-    weights and the average, in place.
+    The first absorption is a copy. Costs one float32 copy of the weights, or a float64 copy (twice as much) with
+    ``compensated``; an absorption is one pass over the weights and the average, in place.
 
     Args:
         decay: β, per optimizer step, between 0 and 1.
@@ -48,10 +52,15 @@ class EMA(Averager):
             plain weighted mean of what was absorbed;
             ``"edm2"``: a half-life of at most 0.09 t.
         power: the exponent of ``warmup="power"``: 2/3 for runs of a million steps, 3/4 for shorter ones.
+        compensated: accumulate in float64, at 8 bytes per weight instead of 4, for decays of .9999 and beyond. In
+            float32 an absorption that moves a weight by less than half the distance to the next float32 number does
+            not move it at all: what is missing stays missing once it is below 2^−24/(1 − βⁿ) of the weight.
+            A larger ``every`` helps too, at no cost. A warning says when either is called for.
         start, name, frozen, buffers: as in `Averager`.
 
     Raises:
-        ValueError: decay outside [0, 1], or more than one of decay, half_life and window.
+        ValueError: decay outside [0, 1], more than one of decay, half_life and window, or ``compensated`` on a device
+            without float64.
     """
 
     def __init__(
@@ -64,6 +73,7 @@ class EMA(Averager):
         start: Span = 0,
         warmup: Warmup | None = None,
         power: float = 2 / 3,
+        compensated: bool = False,
         name: str | None = None,
         frozen: bool = False,
         buffers: bool = False,
@@ -83,6 +93,7 @@ class EMA(Averager):
         self.window = Length.parse("1%" if window is None else window, "window")
         self.warmup = warmup
         self.power = power
+        self.compensated = compensated
         self._ema: dict[str, Tensor] = {}
         self._first_step = 0
         super().__init__(every=every, start=start, name=name, frozen=frozen, buffers=buffers)
@@ -136,9 +147,24 @@ class EMA(Averager):
     def absorb(self, weights: Weights, step: int) -> None:
         if not self.absorbed:
             self._first_step = step
-            self._ema = kernels.accumulators(weights)
+            self._ema = kernels.accumulators(weights, wide=self.compensated)
         else:
+            if self.absorbed == 1:
+                self._warn_of_stall(step - self.absorbed_step)
             kernels.lerp_(self._ema, weights, 1 - self._decay(step))
+
+    def _warn_of_stall(self, elapsed: int) -> None:
+        """Say so if float32 accumulators that absorb every ``elapsed`` steps would be no better than float16 ones."""
+        beta = self.decay_per_step(self.run)
+        if not 1 - STALL <= beta**elapsed < 1 or all(e.dtype in kernels.WIDE for e in self._ema.values()):
+            return
+        every = math.ceil(math.log1p(-STALL) / math.log(beta))
+        warnings.warn(
+            f"{self.name}: with a decay of {beta:.8g} per step, absorbing every {elapsed}, an average kept in float32 "
+            f"stays up to {2**-24 / (1 - beta**elapsed):.1g} of a weight away from where it belongs: give "
+            f"compensated=True (float64, 8 bytes per weight instead of 4) or every={every} or more",
+            stacklevel=5,
+        )
 
     def average(self, *, rounded: bool = False) -> Weights:
         return self._wide_or_rounded(self._ema, rounded)
@@ -151,4 +177,4 @@ class EMA(Averager):
 
     def restore(self, tensors: Mapping[str, Weights], numbers: Mapping[str, Any]) -> None:
         self._first_step = int(numbers.get("first_step", 0))
-        self._ema = kernels.accumulators(tensors.get("ema", {}))
+        self._ema = kernels.accumulators(tensors.get("ema", {}), wide=self.compensated)
