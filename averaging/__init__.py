@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from averaging.averager import Averager
     from averaging.averagers.ema import EMA
     from averaging.averagers.lawa import LAWA
+    from averaging.averagers.post_hoc_ema import PostHocEMA
     from averaging.averagers.swa import SWA
+    from averaging.averagers.trajectory import Trajectory
     from averaging.batchnorm import recalibrate, recalibrated
     from averaging.weights import Weights, named_weights
 
@@ -24,7 +26,9 @@ __version__ = "0.1.0"
 _HOME = {
     "EMA": "averaging.averagers.ema",
     "LAWA": "averaging.averagers.lawa",
+    "PostHocEMA": "averaging.averagers.post_hoc_ema",
     "SWA": "averaging.averagers.swa",
+    "Trajectory": "averaging.averagers.trajectory",
     "Averager": "averaging.averager",
     "Weights": "averaging.weights",
     "applied": "averaging.apply",
@@ -39,6 +43,8 @@ __all__ = [
     "LAWA",
     "SWA",
     "Averager",
+    "PostHocEMA",
+    "Trajectory",
     "Weights",
     "applied",
     "load_into",

@@ -7,7 +7,7 @@ import os
 import re
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -55,6 +55,9 @@ class Averager(ABC):
 
     immutable: ClassVar[bool] = False
     """Whether a group of `tensors`, once there, never changes, so that saved states may share its file."""
+
+    averages: ClassVar[bool] = True
+    """False for one that only records: it has no tensors, and its `average` is empty."""
 
     def __init__(
         self,
@@ -142,6 +145,16 @@ class Averager(ABC):
         Args:
             metrics: the names the trainer logs → values; with several validation sets perhaps one set's at a time.
             step: optimizer steps done.
+        """
+        return
+
+    def keep_template(self, save: Callable[[Path], None]) -> None:
+        """Hear how the model is saved with its configuration; for averagers whose files outlive the run.
+
+        A trainer's callback calls it when training starts, in the process that writes checkpoints.
+
+        Args:
+            save: writes the model as a folder that opens by itself, into the existing folder given.
         """
         return
 
@@ -318,7 +331,7 @@ class Averager(ABC):
             step, epoch = int(state["step"]), float(state["epoch"])
             absorbed, absorbed_step = int(state["absorbed"]), int(state["absorbed_step"])
             tensors = state["tensors"]
-            if bool(absorbed) != bool(tensors):
+            if bool(absorbed and self.averages) != bool(tensors):
                 raise ValueError("the state's counts and tensors contradict each other: it is damaged")
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"this is not the state of an averager, or it is damaged ({error!r})") from error

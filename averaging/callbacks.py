@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from numbers import Real
 from typing import Any, ClassVar, Literal
 
@@ -225,3 +225,48 @@ class SWASettings(CallbackCore):
     ) -> None:
         averager = averaging.SWA(start, every=every, name=name, frozen=frozen, buffers=buffers)
         super().__init__(averager, evaluate=evaluate, checkpoint=checkpoint, missing=missing)
+
+
+class PostHocEMASettings(CallbackCore):
+    """The arguments of `averaging.PostHocEMA` and of `CallbackCore`."""
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        widths: Sequence[float] = (0.05, 0.10),
+        *,
+        snapshots: Span = "1%",
+        every: Span | None = None,
+        start: Span = 0,
+        name: str | None = None,
+        frozen: bool = False,
+        buffers: bool = False,
+        evaluate: Evaluate = "average",
+        checkpoint: Checkpoint = "online",
+        missing: Literal["error", "start"] = "error",
+    ) -> None:
+        averager = averaging.PostHocEMA(
+            folder, widths, snapshots=snapshots, every=every, start=start, name=name, frozen=frozen, buffers=buffers
+        )
+        super().__init__(averager, evaluate=evaluate, checkpoint=checkpoint, missing=missing)
+
+
+class TrajectorySettings(CallbackCore):
+    """The arguments of `averaging.Trajectory` and of `CallbackCore`."""
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        every: Span | None = None,
+        dtype: str | None = None,
+        start: Span = 0,
+        name: str | None = None,
+        frozen: bool = False,
+        buffers: bool = False,
+        missing: Literal["error", "start"] = "error",
+    ) -> None:
+        averager = averaging.Trajectory(
+            folder, every=every, dtype=dtype, start=start, name=name, frozen=frozen, buffers=buffers
+        )
+        super().__init__(averager, missing=missing)

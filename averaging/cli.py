@@ -47,6 +47,9 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--weights", type=_numbers, metavar="W,W,...", help="a weight for each, in the order listed by --dry-run"
     )
+    result.add_argument(
+        "--like", metavar="MODEL", help="a checkpoint that the result shall be like, with what the others do not hold"
+    )
     result.add_argument("--dtype", metavar="DTYPE", help="bfloat16, float16, float32 or float64 (default: unchanged)")
     result.add_argument("--allow-nonfinite", action="store_true", help="go on when a checkpoint holds NaN or infinity")
     run = p.add_argument_group("the run")
@@ -94,6 +97,7 @@ def _run(options: argparse.Namespace) -> None:
         ingredients,
         output,
         weights=options.weights,
+        like=options.like,
         dtype=options.dtype,
         allow_nonfinite=options.allow_nonfinite,
         force=options.force,
@@ -114,6 +118,8 @@ def _describe(soup: Uniform) -> str:
     for ingredient, share in zip(soup.ingredients, soup.coefficients, strict=True):
         step = "" if ingredient.step is None else f", step {ingredient.step}"
         lines.append(f"  {share:.4f} × {ingredient.path} ({_size(ingredient.nbytes)}{step})")
+    if soup.model is not soup.ingredients[-1]:
+        lines.append(f"  the rest from {soup.model.path}")
     assert soup.output is not None
     output = soup.output
     lines.append(f"write {output.path}, {len(soup.dtypes)} tensors, {', '.join(sorted(set(soup.dtypes.values())))}")

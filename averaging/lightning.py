@@ -27,10 +27,19 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from averaging.apply import applied, load_into
 from averaging.averager import Averager
-from averaging.callbacks import ONLINE, CallbackCore, EMASettings, LAWASettings, SWASettings, require_different_names
+from averaging.callbacks import (
+    ONLINE,
+    CallbackCore,
+    EMASettings,
+    LAWASettings,
+    PostHocEMASettings,
+    SWASettings,
+    TrajectorySettings,
+    require_different_names,
+)
 from averaging.weights import Weights, first_names, named_weights
 
-__all__ = ["EMA", "LAWA", "SWA", "AveragingCallback", "load_average"]
+__all__ = ["EMA", "LAWA", "SWA", "AveragingCallback", "PostHocEMA", "Trajectory", "load_average"]
 
 KEY = "averaging"
 """The key of a Lightning checkpoint under which the averages lie."""
@@ -367,3 +376,11 @@ class EMA(EMASettings, AveragingCallback):
 
 class SWA(SWASettings, AveragingCallback):
     """`averaging.SWA` for Lightning's Trainer."""
+
+
+class PostHocEMA(PostHocEMASettings, AveragingCallback):
+    """`averaging.PostHocEMA` for Lightning's Trainer."""
+
+
+class Trajectory(TrajectorySettings, AveragingCallback):
+    """`averaging.Trajectory` for Lightning's Trainer."""

@@ -26,9 +26,18 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from averaging.apply import applied, load_into
 from averaging.atomic import replacing
 from averaging.averager import Averager
-from averaging.callbacks import ONLINE, CallbackCore, EMASettings, LAWASettings, SWASettings, require_different_names
+from averaging.callbacks import (
+    ONLINE,
+    CallbackCore,
+    EMASettings,
+    LAWASettings,
+    PostHocEMASettings,
+    SWASettings,
+    TrajectorySettings,
+    require_different_names,
+)
 
-__all__ = ["EMA", "LAWA", "SWA", "AveragingCallback"]
+__all__ = ["EMA", "LAWA", "SWA", "AveragingCallback", "PostHocEMA", "Trajectory"]
 
 
 class AveragingCallback(CallbackCore, TrainerCallback):
@@ -77,6 +86,9 @@ class AveragingCallback(CallbackCore, TrainerCallback):
         if self is callbacks[0]:
             if checkpoint:
                 self._restore_online(trainer, checkpoint, averagers)
+            if args.should_save:
+                for averager in averagers:
+                    averager.keep_template(lambda folder: trainer.save_model(str(folder), _internal_call=True))
             self._attach(trainer, averagers)
         else:
             self.warn_ignored(averagers[0])
@@ -151,7 +163,7 @@ class AveragingCallback(CallbackCore, TrainerCallback):
                     save_model(str(folder), _internal_call=True, **kwargs)
             for averager in averagers:
                 with averager.saving(Path(output_dir) / averager.name) as folder:
-                    if averager is not lead:
+                    if averager is not lead and averager.averages:
                         with applied(trainer.model, averager):
                             save_model(str(folder), _internal_call=True, **kwargs)
 
@@ -231,3 +243,11 @@ class EMA(EMASettings, AveragingCallback):
 
 class SWA(SWASettings, AveragingCallback):
     """`averaging.SWA` for `transformers.Trainer`."""
+
+
+class PostHocEMA(PostHocEMASettings, AveragingCallback):
+    """`averaging.PostHocEMA` for `transformers.Trainer`."""
+
+
+class Trajectory(TrajectorySettings, AveragingCallback):
+    """`averaging.Trajectory` for `transformers.Trainer`."""

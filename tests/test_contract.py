@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import atexit
 import pickle
 import subprocess
 import sys
+import tempfile
 
 import pytest
 import torch
 from torch import nn
 
-from averaging import EMA, LAWA, SWA, applied, load_into, named_weights
+from averaging import EMA, LAWA, SWA, PostHocEMA, applied, load_into, named_weights
 
+FOLDERS = tempfile.TemporaryDirectory()
+atexit.register(FOLDERS.cleanup)
 TABLE = {
     "lawa": lambda **o: LAWA(k=3, every=2, **o),
     "lawa-device": lambda **o: LAWA(k=3, every=2, memory="device", **o),
@@ -22,6 +26,7 @@ TABLE = {
     "ema-power": lambda **o: EMA(0.99, warmup="power", **o),
     "ema-edm2": lambda **o: EMA(0.99, warmup="edm2", **o),
     "ema-compensated": lambda **o: EMA(0.9999, compensated=True, **o),
+    "post-hoc-ema": lambda **o: PostHocEMA(tempfile.mkdtemp(dir=FOLDERS.name), every=2, snapshots=4, **o),
     "swa": lambda **o: SWA(start=3, every=2, **o),
 }
 every_averager = pytest.mark.parametrize("build", TABLE.values(), ids=TABLE.keys())

@@ -13,6 +13,9 @@ from averaging.checkpoints.files import read_header
 RECORD_FILE = "soup.json"
 RECORD_KEY = "soup"  # in the metadata of a safetensors file
 DEFAULT_OUTPUT = "soup"
+# What `averaging.trail` writes: a folder that is no snapshot itself, and the metadata of a post-hoc EMA's snapshots.
+TEMPLATE = "template"
+WIDTH_KEY = "post-hoc width"
 
 # Beside the weights in a trainer's folder, and never weights themselves.
 _NOT_WEIGHTS = re.compile(r"(optimizer|scheduler|scaler|training_args|rng_state.*)\.(pt|pth|bin)")
@@ -127,12 +130,12 @@ def _is_last(checkpoint: Checkpoint) -> bool:
 
 
 def _is_ingredient_folder(path: Path) -> bool:
-    if path.name == DEFAULT_OUTPUT or any((path / name).exists() for name in (RECORD_FILE, "averaging.json")):
+    if path.name in (DEFAULT_OUTPUT, TEMPLATE):
         return False
-    return bool(weight_files(path))
+    return bool(weight_files(path)) and not any((path / name).exists() for name in (RECORD_FILE, "averaging.json"))
 
 
 def _is_ingredient_file(path: Path) -> bool:
     if path.suffix == ".safetensors":
-        return RECORD_KEY not in read_header(path).metadata
+        return not {RECORD_KEY, WIDTH_KEY} & read_header(path).metadata.keys()
     return path.suffix in TORCH_SUFFIXES and not _NOT_WEIGHTS.fullmatch(path.name)

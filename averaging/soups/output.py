@@ -82,14 +82,15 @@ class File:
 
 
 class Output:
-    """Where and how a soup of ``ingredients`` is written.
+    """Where and how a soup of ``ingredients`` that is like ``model`` is written.
 
     A Hugging Face model or a PEFT adapter becomes a folder with the same files, tensors, order and sharding, and
     the configuration, tokenizer and code beside them. Anything else becomes a ``.safetensors`` file if ``path`` has
-    that suffix, else a folder with ``model.safetensors``. All that is not averaged is the last ingredient's.
+    that suffix, else a folder with ``model.safetensors``.
 
     Args:
         path: the folder or the file.
+        model: what the result is like, and where all that is not averaged comes from.
         ingredients: what is averaged.
         dtypes: name → dtype of every tensor of the result.
         converted: the dtype asked for, if any.
@@ -104,6 +105,7 @@ class Output:
     def __init__(
         self,
         path: str | os.PathLike[str],
+        model: Checkpoint,
         ingredients: Sequence[Checkpoint],
         dtypes: Mapping[str, str],
         *,
@@ -111,11 +113,11 @@ class Output:
         force: bool = False,
     ) -> None:
         self.path = Path(path)
-        self.model = ingredients[-1]
+        self.model = model
         self.converted = converted
         self.folder = self.path.suffix != ".safetensors"
         self.files = self._files(dtypes)
-        self._check_place(ingredients)
+        self._check_place([*ingredients, model])
         self._check_existing(force)
         self._check_room()
 
@@ -157,7 +159,7 @@ class Output:
                 raise
 
     def copied(self) -> list[Path]:
-        """The files that are copied from the last ingredient."""
+        """The files that are copied from the model."""
         if self.model.kind not in ("huggingface", "peft"):
             return []
         entries = sorted(self.model.path.iterdir())

@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from averaging.checkpoints import Checkpoint, gather
 from averaging.soups.output import Output, check_alike
+from averaging.soups.template import find_template, named_like
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,6 +34,7 @@ def uniform(
     output: str | os.PathLike[str] | None = None,
     *,
     weights: Sequence[float] | None = None,
+    like: str | os.PathLike[str] | Checkpoint | None = None,
     dtype: str | None = None,
     allow_nonfinite: bool = False,
     force: bool = False,
@@ -51,8 +53,11 @@ def uniform(
         output: the folder or ``.safetensors`` file to write. A Hugging Face model or PEFT adapter is written as a
             folder of the same kind. ``None``: nothing is written.
         weights: one number per checkpoint, in their order; they need not sum to one. ``None``: all alike.
+        like: a whole checkpoint of the model, where the ingredients hold only some of its weights: the result is the
+            same kind of thing, with its files and dtypes, and what the ingredients do not hold is copied from it.
+            ``None``: the last ingredient, or for snapshots of a `Trajectory` the folder ``template`` beside them.
         dtype: "bfloat16", "float16", "float32" or "float64" for the floating-point tensors of the result.
-            ``None``: as in the checkpoints.
+            ``None``: as in the checkpoints, or in ``like``.
         allow_nonfinite: go on when a checkpoint holds NaN or infinity.
         force: replace an existing output.
         progress: called from time to time with the bytes read and the bytes to read.
@@ -72,13 +77,22 @@ def uniform(
 
     Averaging LoRA adapters averages their A and B factors, not the products.
     """
-    return Uniform(paths, output, weights=weights, dtype=dtype, allow_nonfinite=allow_nonfinite, force=force).cook(
-        progress
-    )
+    return Uniform(
+        paths,
+        output,
+        weights=weights,
+        like=like,
+        dtype=dtype,
+        allow_nonfinite=allow_nonfinite,
+        force=force,
+    ).cook(progress)
 
 
 class Uniform:
-    """A uniform soup, checked and ready to be cooked; the arguments are those of `uniform`. No torch up to there."""
+    """A uniform soup, checked and ready to be cooked; the arguments are those of `uniform`. No torch up to there.
+
+    ``method`` and what else is in ``facts`` go into the record of the soup.
+    """
 
     def __init__(
         self,
@@ -86,12 +100,19 @@ class Uniform:
         output: str | os.PathLike[str] | None = None,
         *,
         weights: Sequence[float] | None = None,
+        like: str | os.PathLike[str] | Checkpoint | None = None,
         dtype: str | None = None,
         allow_nonfinite: bool = False,
         force: bool = False,
+        method: str = "uniform",
+        facts: Mapping[str, Any] | None = None,
     ) -> None:
         self.ingredients = gather([paths] if isinstance(paths, str | os.PathLike) else paths)
         check_alike(self.ingredients)
+        self.model = self.ingredients[-1]
+        if template := find_template(self.ingredients, like):
+            self.model, self.ingredients = template, named_like(template, self.ingredients)
+        self.method, self.facts = method, facts or {}
         if dtype is not None and dtype not in DTYPES:
             raise ValueError(f"unknown dtype {dtype!r}; one of {', '.join(DTYPES)}")
         self.dtype = None if dtype is None else DTYPES[dtype]
@@ -100,11 +121,11 @@ class Uniform:
         self.allow_nonfinite = allow_nonfinite
         self.dtypes = {
             name: self.dtype if self.dtype and entry.dtype in DTYPES else entry.dtype
-            for name, entry in self.ingredients[-1].entries.items()
+            for name, entry in self.model.entries.items()
         }
         self.output = None
         if output is not None:
-            self.output = Output(output, self.ingredients, self.dtypes, converted=self.dtype, force=force)
+            self.output = Output(output, self.model, self.ingredients, self.dtypes, converted=self.dtype, force=force)
 
     @property
     def coefficients(self) -> list[float]:
@@ -115,11 +136,13 @@ class Uniform:
         """The provenance of the soup. Without checksums it has the length that it will have with them."""
         checksums = checksums or ["piecesums-sha256:" + "0" * 64] * len(self.ingredients)
         return {
-            "method": "uniform",
+            "method": self.method,
+            **self.facts,
             "ingredients": [
                 {"path": str(ingredient.path), "step": ingredient.step, "coefficient": share, "checksum": checksum}
                 for ingredient, share, checksum in zip(self.ingredients, self.coefficients, checksums, strict=True)
             ],
+            "like": None if self.model is self.ingredients[-1] else str(self.model.path),
             "dtype": self.dtype or "as the ingredients",
             "versions": {package: _version(package) for package in ("averaging", "torch", "safetensors")},
         }
@@ -130,8 +153,11 @@ class Uniform:
 
         from averaging.soups.engine import Mixer
 
-        def mixer(sink: Any) -> Mixer:
-            return Mixer(
+        held = self.ingredients[-1].entries.keys()
+        checksums: list[str] = []
+
+        def mix(sink: Any, groups: Sequence[Sequence[str]]) -> Iterator[int]:
+            mixer = Mixer(
                 self.ingredients,
                 self.weights,
                 self.divisor,
@@ -140,28 +166,33 @@ class Uniform:
                 allow_nonfinite=self.allow_nonfinite,
                 progress=progress,
             )
+            # What the ingredients do not hold is the mean of the model alone.
+            copier = Mixer([self.model], None, 1.0, self.dtypes, sink, allow_nonfinite=True)
+            others = [[name for name in group if name not in held] for group in groups]
+            copied = copier.run(others) if any(others) else groups
+            mixed = mixer.run([[name for name in group if name in held] for group in groups])
+            for number, _ in zip(mixed, copied, strict=True):
+                yield number
+            checksums.extend(mixer.checksums())
 
         if self.output is None:
-            shapes = {name: entry.shape for name, entry in self.ingredients[-1].entries.items()}
+            shapes = {name: entry.shape for name, entry in self.model.entries.items()}
             soup = {name: torch.empty(shapes[name], dtype=getattr(torch, self.dtypes[name])) for name in shapes}
             views = {name: tensor.reshape(-1).view(torch.uint8).numpy().data for name, tensor in soup.items()}
 
             def keep(name: str, offset: int, data: memoryview) -> None:
                 views[name][offset : offset + len(data)] = data
 
-            mix = mixer(keep)
-            for _ in mix.run([list(soup)]):
+            for _ in mix(keep, [list(soup)]):
                 pass
-            self._warn_of_twins(mix.checksums())
+            self._warn_of_twins(checksums)
             return soup
         with self.output.writing(self.record()) as writing, ThreadPoolExecutor(1) as flusher:
-            mix = mixer(writing.sink)
             groups = [list(file.tensors) for file in self.output.files]
             # A finished shard goes to the disk while the next one is mixed.
-            flushed = [flusher.submit(writing.sync, number) for number in mix.run(groups)]
+            flushed = [flusher.submit(writing.sync, number) for number in mix(writing.sink, groups)]
             for future in flushed:
                 future.result()
-            checksums = mix.checksums()
             self._warn_of_twins(checksums)
             writing.finish(self.record(checksums))
         return Checkpoint(self.output.path)

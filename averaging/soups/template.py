@@ -1,0 +1,69 @@
+"""The whole model for a soup of ingredients that hold only some of its weights, such as a trajectory's. No torch."""
+
+from __future__ import annotations
+
+import copy
+import os
+import warnings
+from collections.abc import Iterable, Sequence
+
+from averaging.checkpoints import Checkpoint
+from averaging.checkpoints.finding import TEMPLATE
+
+
+def find_template(
+    ingredients: Sequence[Checkpoint], like: str | os.PathLike[str] | Checkpoint | None
+) -> Checkpoint | None:
+    """The model that a soup of ``ingredients`` is to be like, if it is not just like them.
+
+    Raises:
+        ValueError: ``like`` does not hold what the ingredients hold.
+    """
+    if like is not None:
+        template = like if isinstance(like, Checkpoint) else Checkpoint(like)
+        _names(template, ingredients[-1])
+        return template
+    beside = ingredients[-1].path.parent / TEMPLATE
+    if ingredients[-1].kind != "safetensors" or not beside.is_dir():
+        return None
+    template = Checkpoint(beside)
+    try:
+        _names(template, ingredients[-1])
+    except ValueError as error:
+        warnings.warn(f"the soup holds only the averaged weights: {error}", stacklevel=2)
+        return None
+    return template
+
+
+def named_like(template: Checkpoint, ingredients: Iterable[Checkpoint]) -> list[Checkpoint]:
+    """The ingredients, with their tensors under the names that they have in ``template``."""
+    renamed = []
+    for ingredient in ingredients:
+        names = _names(template, ingredient)
+        if any(name != known for name, known in names.items()):
+            ingredient = copy.copy(ingredient)
+            ingredient.entries = {names[name]: entry for name, entry in ingredient.entries.items()}
+        renamed.append(ingredient)
+    return renamed
+
+
+def _names(template: Checkpoint, ingredient: Checkpoint) -> dict[str, str]:
+    """The name of each of the ingredient's tensors in ``template``."""
+    names = {}
+    for name, entry in ingredient.entries.items():
+        known = name
+        if template.kind == "peft" and name not in template.entries:
+            # In the model PEFT names the adapter and wraps what it trains beside it; not so in the file.
+            known = ".".join(part for part in name.split(".") if part not in ("default", "modules_to_save"))
+        if known not in template.entries:
+            raise ValueError(
+                f"{template.path} does not hold {name!r}, which {ingredient.path} does: it is another model's, or its "
+                "file uses other names than the model; averaging.load_into puts a soup of the snapshots into the model"
+            )
+        if template.entries[known].shape != entry.shape:
+            raise ValueError(
+                f"tensor {name!r} has shape {list(entry.shape)} in {ingredient.path} but "
+                f"{list(template.entries[known].shape)} in {template.path}: it is another model's"
+            )
+        names[name] = known
+    return names
