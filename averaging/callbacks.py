@@ -19,6 +19,7 @@ import averaging
 from averaging.apply import load_into
 from averaging.averager import Averager
 from averaging.averagers.ema import Warmup
+from averaging.decay import Decay
 from averaging.schedule import Span
 
 Evaluate = Literal["average", "online", "both"]
@@ -156,6 +157,7 @@ class LAWASettings(CallbackCore):
         *,
         every: Span | None = None,
         window: Span | None = None,
+        weights: Decay = "linear",
         start: Span = 0,
         memory: str | os.PathLike[str] = "cpu",
         name: str | None = None,
@@ -166,7 +168,15 @@ class LAWASettings(CallbackCore):
         missing: Literal["error", "start"] = "error",
     ) -> None:
         averager = averaging.LAWA(
-            k, every=every, window=window, start=start, memory=memory, name=name, frozen=frozen, buffers=buffers
+            k,
+            every=every,
+            window=window,
+            weights=weights,
+            start=start,
+            memory=memory,
+            name=name,
+            frozen=frozen,
+            buffers=buffers,
         )
         super().__init__(averager, evaluate=evaluate, checkpoint=checkpoint, missing=missing)
 

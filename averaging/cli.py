@@ -10,9 +10,10 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, TextIO, cast, get_args
 
 from averaging import __version__
+from averaging.decay import Decay
 
 if TYPE_CHECKING:
     from averaging.soups.engine import Progress
@@ -45,7 +46,11 @@ def parser() -> argparse.ArgumentParser:
     choice.add_argument("--every", type=int, metavar="N", help="only every N-th, counted back from the newest")
     result = p.add_argument_group("how they are averaged")
     result.add_argument(
-        "--weights", type=_numbers, metavar="W,W,...", help="a weight for each, in the order listed by --dry-run"
+        "--weights",
+        type=_weights,
+        metavar="W,W,...",
+        help="a weight for each, in the order listed by --dry-run; or a decay of the learning rate that they stand in "
+        "for: linear, cosine or inverse_sqrt",
     )
     result.add_argument(
         "--like", metavar="MODEL", help="a checkpoint that the result shall be like, with what the others do not hold"
@@ -129,11 +134,15 @@ def _describe(soup: Uniform) -> str:
     return "\n".join(lines)
 
 
-def _numbers(text: str) -> list[float]:
+def _weights(text: str) -> list[float] | Decay:
+    if text in get_args(Decay):
+        return cast(Decay, text)
     try:
         return [float(number) for number in text.split(",")]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"expected numbers separated by commas, not {text!r}") from None
+        raise argparse.ArgumentTypeError(
+            f"expected numbers separated by commas, or one of {', '.join(get_args(Decay))}, not {text!r}"
+        ) from None
 
 
 def _size(count: float) -> str:

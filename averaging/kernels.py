@@ -123,22 +123,24 @@ class Combiner:
         return memory[:, :size].unbind()
 
 
-def mean(tensors: Sequence[Tensor], out: Tensor) -> Tensor:
+def mean(tensors: Sequence[Tensor], out: Tensor, coefficients: Sequence[float] | None = None) -> Tensor:
     """The mean of ``tensors``, summed in float64 and rounded once into ``out``.
 
     Args:
         tensors: at least one tensor; all of one shape, dtype and device.
         out: where the result goes; its dtype is the result's. May lie on another device.
+        coefficients: a weight for each tensor; all alike if ``None``.
 
     Transient memory is a few blocks, not a copy of the tensor.
     """
     flat_out = out.view(-1)
     flats = [t.reshape(-1) for t in tensors]
     block = CPU_BLOCK if flats[0].device.type == "cpu" else DEVICE_BLOCK
+    divisor = len(flats) if coefficients is None else math.fsum(coefficients)
     combine = Combiner()
     for start in range(0, flat_out.numel(), block):
         part = slice(start, start + block)
-        combine([flat[part] for flat in flats], flat_out[part], divisor=len(flats))
+        combine([flat[part] for flat in flats], flat_out[part], coefficients, divisor)
     return out
 
 

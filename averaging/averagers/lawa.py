@@ -5,7 +5,8 @@
 Kaddour 2022, "Stop Wasting My Time! Saving Days of ImageNet and BERT Training with Latest Weight Averaging"
 (arXiv:2209.14981); Sanyal et al. 2023, "Early Weight Averaging meets High Learning Rates for LLM Pre-training"
 (arXiv:2306.03241). The default window, 1 % of the run, is the one found best throughout by
-Ajroldi, Orvieto and Geiping 2025, "When, Where and Why to Average Weights?" (arXiv:2502.06761).
+Ajroldi, Orvieto and Geiping 2025, "When, Where and Why to Average Weights?" (arXiv:2502.06761). Other weights than
+1/k, which stand in for a decay of the learning rate: `averaging.decay` (arXiv:2507.17634).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 
 from averaging import kernels
 from averaging.averager import Averager
+from averaging.decay import Decay, check_decay, decay_weights
 from averaging.memory import memory as open_memory
 from averaging.schedule import Length, Run, Span
 
@@ -42,13 +44,15 @@ class LAWA(Averager):
         window: instead of ``every``, the length of training that the ``k`` snapshots span together. The default
             is 1 % of the run, so that ``every`` is 1 % of the run divided by ``k``; it needs the run's length,
             which the trainers' callbacks know and `prepare` tells.
+        weights: ``"linear"``, the plain mean; or ``"cosine"`` or ``"inverse_sqrt"``, a weighted one that stands in
+            for such a decay of a constant learning rate over the window.
         memory: where snapshots live: ``"cpu"``, ``"device"`` (with the weights), or a folder, in which each is a
             safetensors file and the mean streams tensor by tensor. A folder without room is an `OSError` from
             `update` that leaves the earlier snapshots, and training, as they were.
         start, name, frozen, buffers: as in `Averager`.
 
     Raises:
-        ValueError: k < 1, or both ``every`` and ``window``.
+        ValueError: k < 1, unknown weights, or both ``every`` and ``window``.
     """
 
     immutable: ClassVar[bool] = True
@@ -59,6 +63,7 @@ class LAWA(Averager):
         *,
         every: Span | None = None,
         window: Span | None = None,
+        weights: Decay = "linear",
         start: Span = 0,
         memory: str | os.PathLike[str] = "cpu",
         name: str | None = None,
@@ -69,7 +74,9 @@ class LAWA(Averager):
             raise ValueError(f"k={k!r}: LAWA averages a whole number of snapshots, at least 1")
         if every is not None and window is not None:
             raise ValueError("give either every (the spacing of the snapshots) or window (k times that), not both")
+        check_decay(weights)
         self.k = k
+        self.weights = weights
         self.window = Length.parse("1%" if window is None else window, "window")
         self._memory = open_memory(memory)
         self._keys: list[str] = []
@@ -98,12 +105,13 @@ class LAWA(Averager):
         assert self._layout is not None
         if rounded not in self._cache:
             snapshots = [self._memory[key] for key in self._keys]
+            coefficients = None if self.weights == "linear" else decay_weights(self.weights, len(snapshots))
             average = {}
             for name in self._layout:
                 tensors = [snapshot[name] for snapshot in snapshots]
                 dtype = self._average_dtype(name, rounded)
                 out = torch.empty(tensors[0].shape, dtype=dtype, device=tensors[0].device)
-                average[name] = kernels.mean(tensors, out)
+                average[name] = kernels.mean(tensors, out, coefficients)
             self._cache = {rounded: average}
         return self._cache[rounded]
 

@@ -16,6 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from averaging.checkpoints import Checkpoint, gather
+from averaging.decay import Decay, decay_weights
 from averaging.soups.output import Output, check_alike
 from averaging.soups.template import find_template, named_like
 
@@ -33,7 +34,7 @@ def uniform(
     paths: Iterable[str | os.PathLike[str] | Checkpoint] | str | os.PathLike[str],
     output: str | os.PathLike[str] | None = None,
     *,
-    weights: Sequence[float] | None = None,
+    weights: Sequence[float] | Decay | None = None,
     like: str | os.PathLike[str] | Checkpoint | None = None,
     dtype: str | None = None,
     allow_nonfinite: bool = False,
@@ -52,7 +53,9 @@ def uniform(
             the order of their steps (see `averaging.checkpoints.gather`).
         output: the folder or ``.safetensors`` file to write. A Hugging Face model or PEFT adapter is written as a
             folder of the same kind. ``None``: nothing is written.
-        weights: one number per checkpoint, in their order; they need not sum to one. ``None``: all alike.
+        weights: one number per checkpoint, in their order; they need not sum to one. Or how the learning rate would
+            fall over checkpoints at even distances, ``"linear"``, ``"cosine"`` or ``"inverse_sqrt"``
+            (see `averaging.decay`). ``None``: all alike.
         like: a whole checkpoint of the model, where the ingredients hold only some of its weights: the result is the
             same kind of thing, with its files and dtypes, and what the ingredients do not hold is copied from it.
             ``None``: the last ingredient, or for snapshots of a `Trajectory` the folder ``template`` beside them.
@@ -99,7 +102,7 @@ class Uniform:
         paths: Iterable[str | os.PathLike[str] | Checkpoint] | str | os.PathLike[str],
         output: str | os.PathLike[str] | None = None,
         *,
-        weights: Sequence[float] | None = None,
+        weights: Sequence[float] | Decay | None = None,
         like: str | os.PathLike[str] | Checkpoint | None = None,
         dtype: str | None = None,
         allow_nonfinite: bool = False,
@@ -116,7 +119,7 @@ class Uniform:
         if dtype is not None and dtype not in DTYPES:
             raise ValueError(f"unknown dtype {dtype!r}; one of {', '.join(DTYPES)}")
         self.dtype = None if dtype is None else DTYPES[dtype]
-        self.weights = None if weights is None else _checked(weights, len(self.ingredients))
+        self.weights = None if weights in (None, "linear") else _checked(weights, self.ingredients)
         self.divisor = float(len(self.ingredients)) if self.weights is None else math.fsum(self.weights)
         self.allow_nonfinite = allow_nonfinite
         self.dtypes = {
@@ -205,10 +208,17 @@ class Uniform:
                 warnings.warn(f"{twin.path} and {ingredient.path} have the same content", stacklevel=4)
 
 
-def _checked(weights: Sequence[float], count: int) -> list[float]:
+def _checked(weights: Sequence[float] | Decay, ingredients: Sequence[Checkpoint]) -> list[float]:
+    if isinstance(weights, str):
+        steps = [ingredient.step for ingredient in ingredients if ingredient.step is not None]
+        if steps != sorted(steps):
+            raise ValueError(f"weights={weights!r} are for checkpoints in the order of their steps, not {steps}")
+        return decay_weights(weights, len(ingredients))
     weights = [float(weight) for weight in weights]
-    if len(weights) != count:
-        raise ValueError(f"{len(weights)} weights for {count} checkpoints; give one for each, in their order")
+    if len(weights) != len(ingredients):
+        raise ValueError(
+            f"{len(weights)} weights for {len(ingredients)} checkpoints; give one for each, in their order"
+        )
     if not all(map(math.isfinite, weights)):
         raise ValueError(f"weights must be finite numbers, not {weights}")
     if not math.fsum(weights) > 0:
