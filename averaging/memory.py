@@ -1,4 +1,4 @@
-"""Where snapshots live: on the weights' device, in CPU memory, or in a folder on disk.
+"""Where snapshots live: on the weights' device, in CPU memory, page-locked or not, or in a folder on disk.
 
 A memory holds sets of weights under string keys. What is stored is a verbatim copy.
 """
@@ -28,9 +28,11 @@ if TYPE_CHECKING:
 
 
 def memory(where: str | os.PathLike[str]) -> Memory:
-    """The memory that ``where`` names: ``"cpu"``, ``"device"``, or a folder on disk."""
+    """The memory that ``where`` names: ``"cpu"``, ``"pinned"``, ``"device"``, or a folder on disk."""
     if where == "cpu":
         return TensorMemory("cpu")
+    if where == "pinned":
+        return PinnedMemory()
     if where == "device":
         return TensorMemory(None)
     return DiskMemory(Path(where))
@@ -65,10 +67,12 @@ class TensorMemory(Memory):
 
     def store(self, key: str, weights: Weights, recycle: str | None = None) -> None:
         # An evicted snapshot's tensors are written over: absorbing allocates nothing once the ring is full.
-        kept = self._snapshots.pop(recycle) if recycle else None
+        kept = self._snapshots[recycle] if recycle else None
         if kept is None or any(kept[name].device != self._home(tensor) for name, tensor in weights.items()):
             kept = {name: torch.empty_like(tensor, device=self._home(tensor)) for name, tensor in weights.items()}
         torch._foreach_copy_([kept[name] for name in weights], list(weights.values()))
+        if recycle:
+            del self._snapshots[recycle]
         self._snapshots[key] = kept
 
     def _home(self, tensor: Tensor) -> torch.device:
@@ -83,6 +87,73 @@ class TensorMemory(Memory):
                 name: tensor.detach().to(self._device or tensor.device, copy=True) for name, tensor in weights.items()
             }
             for key, weights in snapshots.items()
+        }
+
+
+class PinnedMemory(TensorMemory):
+    """Snapshots in page-locked CPU memory, which weights on a CUDA device reach while training goes on.
+
+    The transfer outlasts the next optimizer step, which writes over the weights. So they are first copied on their
+    device, in the order of the training's own work, at the speed of its memory; a stream beside it takes that copy over
+    the bus, and the copy's memory is free again when it has arrived. Neither the CPU nor the training's stream waits.
+    Without weights on a CUDA device it is `TensorMemory` on the CPU.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("cpu")
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        self._arrivals: dict[str, list[torch.cuda.Event]] = {}  # of the snapshots that came over a stream
+
+    def store(self, key: str, weights: Weights, recycle: str | None = None) -> None:
+        devices: dict[torch.device, list[str]] = {}
+        for name, tensor in weights.items():
+            devices.setdefault(tensor.device, []).append(name)
+        if not any(device.type == "cuda" for device in devices):
+            super().store(key, weights, recycle)
+            return
+        kept = self._snapshots[recycle] if recycle in self._arrivals else None
+        if kept is None:
+            kept = {
+                name: torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for name, tensor in weights.items()
+            }
+        arrivals = []
+        for device, names in devices.items():
+            sources, targets = [weights[name] for name in names], [kept[name] for name in names]
+            if device.type != "cuda":
+                torch._foreach_copy_(targets, sources)
+                continue
+            staged = [torch.empty(source.shape, dtype=source.dtype, device=device) for source in sources]
+            torch._foreach_copy_(staged, sources)
+            if device not in self._streams:
+                self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            stream = self._streams[device]
+            stream.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(stream):
+                for target, copy in zip(targets, staged, strict=True):
+                    target.copy_(copy, non_blocking=True)
+                    copy.record_stream(stream)  # its memory is not given to anything else before
+            arrivals.append(stream.record_event())
+        if recycle:
+            del self._snapshots[recycle]
+            self._arrivals.pop(recycle, None)
+        self._snapshots[key], self._arrivals[key] = kept, arrivals
+
+    def __getitem__(self, key: str) -> Weights:
+        for arrival in self._arrivals.get(key, ()):
+            arrival.synchronize()
+        return super().__getitem__(key)
+
+    def restore(self, snapshots: Mapping[str, Weights]) -> None:
+        super().restore(snapshots)
+        self._arrivals = {}
+
+    def __getstate__(self) -> dict[str, object]:
+        # A copy's tensors are not page-locked, and neither streams nor events can be pickled.
+        return {
+            **self.__dict__,
+            "_snapshots": {key: self[key] for key in self._snapshots},
+            "_streams": {},
+            "_arrivals": {},
         }
 
 

@@ -46,9 +46,11 @@ class LAWA(Averager):
             which the trainers' callbacks know and `prepare` tells.
         weights: ``"linear"``, the plain mean; or ``"cosine"`` or ``"inverse_sqrt"``, a weighted one that stands in
             for such a decay of a constant learning rate over the window.
-        memory: where snapshots live: ``"cpu"``, ``"device"`` (with the weights), or a folder, in which each is a
-            safetensors file and the mean streams tensor by tensor. A folder without room is an `OSError` from
-            `update` that leaves the earlier snapshots, and training, as they were.
+        memory: where snapshots live: ``"cpu"``; ``"pinned"``, CPU memory that CUDA weights reach while training goes
+            on, for a copy of the weights on the device until they have arrived (torch rounds each page-locked tensor
+            up to a power of two bytes); ``"device"`` (with the weights); or a folder, in which each is a safetensors
+            file and the mean streams tensor by tensor. A folder without room is an `OSError` from `update` that
+            leaves the earlier snapshots, and training, as they were.
         start, name, frozen, buffers: as in `Averager`.
 
     Raises:

@@ -119,7 +119,7 @@ class Uniform:
         if dtype is not None and dtype not in DTYPES:
             raise ValueError(f"unknown dtype {dtype!r}; one of {', '.join(DTYPES)}")
         self.dtype = None if dtype is None else DTYPES[dtype]
-        self.weights = None if weights in (None, "linear") else _checked(weights, self.ingredients)
+        self.weights = None if weights is None else _checked(weights, self.ingredients)
         self.divisor = float(len(self.ingredients)) if self.weights is None else math.fsum(self.weights)
         self.allow_nonfinite = allow_nonfinite
         self.dtypes = {
@@ -208,8 +208,10 @@ class Uniform:
                 warnings.warn(f"{twin.path} and {ingredient.path} have the same content", stacklevel=4)
 
 
-def _checked(weights: Sequence[float] | Decay, ingredients: Sequence[Checkpoint]) -> list[float]:
+def _checked(weights: Sequence[float] | Decay, ingredients: Sequence[Checkpoint]) -> list[float] | None:
     if isinstance(weights, str):
+        if weights == "linear":
+            return None
         steps = [ingredient.step for ingredient in ingredients if ingredient.step is not None]
         if steps != sorted(steps):
             raise ValueError(f"weights={weights!r} are for checkpoints in the order of their steps, not {steps}")
