@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from averaging.apply import applied, load_into
     from averaging.averager import Averager
+    from averaging.averagers.bema import BEMA
     from averaging.averagers.ema import EMA
     from averaging.averagers.lawa import LAWA
     from averaging.averagers.post_hoc_ema import PostHocEMA
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "BEMA": "averaging.averagers.bema",
     "EMA": "averaging.averagers.ema",
     "LAWA": "averaging.averagers.lawa",
     "PostHocEMA": "averaging.averagers.post_hoc_ema",
@@ -39,6 +41,7 @@ _HOME = {
 }
 
 __all__ = [
+    "BEMA",
     "EMA",
     "LAWA",
     "SWA",

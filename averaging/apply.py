@@ -63,7 +63,7 @@ def load_into(model: nn.Module, weights: Averager | Weights) -> None:
 def _pair(model: nn.Module, weights: Averager | Weights) -> Mapping[str, tuple[Tensor, Tensor]]:
     """(target in the model, source) by name, all checked before anything is written."""
     if isinstance(weights, Averager):
-        if not weights.absorbed:
+        if not weights.ready:
             return {}
         weights = weights.average(rounded=True)
     targets = dict(every_name(model))

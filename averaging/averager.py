@@ -132,6 +132,16 @@ class Averager(ABC):
         Two empty mappings stand for the state before the first absorption.
         """
 
+    @property
+    def ready(self) -> bool:
+        """Whether there is an average; until then it stands for the model's own weights."""
+        return self.absorbed > 0
+
+    def due(self, last: tuple[int, float], now: tuple[int, float | None]) -> bool:
+        """Whether to absorb the weights offered ``now``; that and the ``last`` offer as (optimizer step, epoch)."""
+        assert self._schedule is not None
+        return self._schedule.due(self.run, last, now)
+
     def default_every(self, run: Run) -> Length:
         """The spacing when ``every`` is not given."""
         return Length(1, "steps")
@@ -224,7 +234,7 @@ class Averager(ABC):
         restart = None
         last = (self.step, self.epoch)
         fresh = not self.absorbed or step != self.absorbed_step
-        if fresh and self._schedule.due(self.run, last, (step, epoch)):
+        if fresh and self.due(last, (step, epoch)):
             restart = self.absorb(self.bind(model), step)
             self.absorbed += 1
             self.absorbed_step = step
@@ -402,9 +412,9 @@ class Averager(ABC):
     # ------------------------------------------------------------------ for subclasses
 
     def _require_average(self) -> None:
-        if not self.absorbed:
+        if not self.ready:
             raise RuntimeError(
-                f"{self.name} has absorbed no weights yet, so it has no average: "
+                f"{self.name} has absorbed {'too few' if self.absorbed else 'no'} weights yet, so it has no average: "
                 "until then the average stands for the model's own weights"
             )
 

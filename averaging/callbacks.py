@@ -99,7 +99,7 @@ class CallbackCore:
     def warn_no_average(self) -> None:
         """Say that the leading average, which the model should hold when training ends, never began."""
         warnings.warn(
-            f"training ended before {self.averager.name!r} absorbed anything: the model keeps its trained weights",
+            f"training ended before there was an average {self.averager.name!r}: the model keeps its trained weights",
             stacklevel=3,
         )
 
@@ -146,6 +146,41 @@ def require_different_names(averagers: list[Averager]) -> None:
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"{names.count(name)} averages are named {name!r}: tell them apart with name=")
+
+
+class BEMASettings(CallbackCore):
+    """The arguments of `averaging.BEMA` and of `CallbackCore`."""
+
+    def __init__(
+        self,
+        kappa: float = 0.5,
+        eta: float = 0.2,
+        *,
+        rho: float = 10.0,
+        gamma: float = 1.0,
+        every: Span | None = None,
+        start: Span = 0,
+        memory: str | os.PathLike[str] = "cpu",
+        name: str | None = None,
+        frozen: bool = False,
+        buffers: bool = False,
+        evaluate: Evaluate = "average",
+        checkpoint: Checkpoint = "online",
+        missing: Literal["error", "start"] = "error",
+    ) -> None:
+        averager = averaging.BEMA(
+            kappa,
+            eta,
+            rho=rho,
+            gamma=gamma,
+            every=every,
+            start=start,
+            memory=memory,
+            name=name,
+            frozen=frozen,
+            buffers=buffers,
+        )
+        super().__init__(averager, evaluate=evaluate, checkpoint=checkpoint, missing=missing)
 
 
 class LAWASettings(CallbackCore):

@@ -133,14 +133,20 @@ def mean(tensors: Sequence[Tensor], out: Tensor, coefficients: Sequence[float] |
 
     Transient memory is a few blocks, not a copy of the tensor.
     """
+    return combine(tensors, out, coefficients, len(tensors) if coefficients is None else math.fsum(coefficients))
+
+
+def combine(
+    tensors: Sequence[Tensor], out: Tensor, coefficients: Sequence[float] | None = None, divisor: float = 1.0
+) -> Tensor:
+    """Σ cᵢ·xᵢ / divisor as `Combiner` computes it, block by block; arguments as there, but of any shape and size."""
     flat_out = out.view(-1)
     flats = [t.reshape(-1) for t in tensors]
     block = CPU_BLOCK if flats[0].device.type == "cpu" else DEVICE_BLOCK
-    divisor = len(flats) if coefficients is None else math.fsum(coefficients)
-    combine = Combiner()
+    combiner = Combiner()
     for start in range(0, flat_out.numel(), block):
         part = slice(start, start + block)
-        combine([flat[part] for flat in flats], flat_out[part], coefficients, divisor)
+        combiner([flat[part] for flat in flats], flat_out[part], coefficients, divisor)
     return out
 
 

@@ -29,6 +29,7 @@ from averaging.apply import applied, load_into
 from averaging.averager import Averager
 from averaging.callbacks import (
     ONLINE,
+    BEMASettings,
     CallbackCore,
     EMASettings,
     LAWASettings,
@@ -39,7 +40,7 @@ from averaging.callbacks import (
 )
 from averaging.weights import Weights, first_names, named_weights
 
-__all__ = ["EMA", "LAWA", "SWA", "AveragingCallback", "PostHocEMA", "Trajectory", "load_average"]
+__all__ = ["BEMA", "EMA", "LAWA", "SWA", "AveragingCallback", "PostHocEMA", "Trajectory", "load_average"]
 
 KEY = "averaging"
 """The key of a Lightning checkpoint under which the averages lie."""
@@ -110,6 +111,8 @@ class AveragingCallback(CallbackCore, Callback):
             if not averager.absorbed:
                 averager.reset(trainer.global_step, float(trainer.current_epoch))
             averager.bind(pl_module)
+            if not averager.absorbed:
+                averager.update(pl_module, averager.step, epoch=averager.epoch)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -126,7 +129,7 @@ class AveragingCallback(CallbackCore, Callback):
         # Not at on_train_end, where ModelCheckpoint may still write the weights being trained.
         if not self._leads(trainer):
             return
-        if not self.averager.absorbed:
+        if not self.averager.ready:
             self.warn_no_average()
             return
         own = named_weights(pl_module, frozen=True, buffers=True)
@@ -167,7 +170,7 @@ class AveragingCallback(CallbackCore, Callback):
         beside = isinstance(trainer.strategy.checkpoint_io, _CheckpointIO)
         averages: dict[str, dict[str, Any]] = {}
         for averager in self._all_averagers(trainer):
-            average = averager.average(rounded=True) if averager.absorbed else {}
+            average = averager.average(rounded=True) if averager.ready else {}
             averages[averager.name] = {
                 "average": _entries(pl_module, state_dict, average),
                 "state": averager if beside and averager.immutable else averager.state_dict(),
@@ -318,7 +321,7 @@ def _entries(module: LightningModule, state_dict: dict[str, Any], weights: Weigh
 
 def _holds(module: LightningModule, averager: Averager) -> bool:
     """Whether ``module`` holds the average, bit for bit."""
-    if not averager.absorbed:
+    if not averager.ready:
         return False
     own = named_weights(module, frozen=True, buffers=True)
     return all(torch.equal(own[name].cpu(), t.cpu()) for name, t in averager.average(rounded=True).items())
@@ -364,6 +367,10 @@ def _validate_again(trainer: Any, prefix: str) -> None:
             setattr(connector, attribute, value)
     connector._callback_metrics.update({prefix + name: value for name, value in metrics.items()})
     connector.log_metrics({prefix + name: value for name, value in logged.items()})
+
+
+class BEMA(BEMASettings, AveragingCallback):
+    """`averaging.BEMA` for Lightning's Trainer."""
 
 
 class LAWA(LAWASettings, AveragingCallback):

@@ -97,11 +97,14 @@ class Schedule:
 
     def due(self, run: Run, last: tuple[int, float], now: tuple[int, float | None]) -> bool:
         """Whether to absorb at ``now``, given the ``last`` offer; both are (optimizer step, epochs done)."""
-        step, epoch = now
-        if self._clock(self.start, run, step, epoch, "start") < 1:
+        if not self.started(run, now):
             return False
-        before = self._clock(self.every, run, last[0], last[1], "every")
-        return math.floor(self._clock(self.every, run, step, epoch, "every")) > math.floor(before)
+        before = self._clock(self.every, run, *last, "every")
+        return math.floor(self._clock(self.every, run, *now, "every")) > math.floor(before)
+
+    def started(self, run: Run, now: tuple[int, float | None]) -> bool:
+        """Whether ``start`` has been reached at (optimizer step, epochs done)."""
+        return self._clock(self.start, run, *now, "start") >= 1
 
     @staticmethod
     def _clock(length: Length, run: Run, step: int, epoch: float | None, what: str) -> float:

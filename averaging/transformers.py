@@ -28,6 +28,7 @@ from averaging.atomic import replacing
 from averaging.averager import Averager
 from averaging.callbacks import (
     ONLINE,
+    BEMASettings,
     CallbackCore,
     EMASettings,
     LAWASettings,
@@ -37,7 +38,7 @@ from averaging.callbacks import (
     require_different_names,
 )
 
-__all__ = ["EMA", "LAWA", "SWA", "AveragingCallback", "PostHocEMA", "Trajectory"]
+__all__ = ["BEMA", "EMA", "LAWA", "SWA", "AveragingCallback", "PostHocEMA", "Trajectory"]
 
 
 class AveragingCallback(CallbackCore, TrainerCallback):
@@ -100,6 +101,8 @@ class AveragingCallback(CallbackCore, TrainerCallback):
                     self.missing_state(averager, str(checkpoint), error)
         for averager in self.averagers:
             averager.bind(trainer.model)
+            if not averager.absorbed:
+                averager.update(trainer.model, averager.step, epoch=averager.epoch)
         self._training = True
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -123,7 +126,7 @@ class AveragingCallback(CallbackCore, TrainerCallback):
             if self.evaluate == "online" or _is_online(args.metric_for_best_model or ""):
                 return  # the online weights were measured, and those Trainer has just loaded
             averager.load(Path(state.best_model_checkpoint) / averager.name)
-        if averager.absorbed:
+        if averager.ready:
             load_into(model, averager)
         else:
             self.warn_no_average()
@@ -231,6 +234,10 @@ def _random_state_kept() -> Iterator[None]:
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices=devices):
         yield
+
+
+class BEMA(BEMASettings, AveragingCallback):
+    """`averaging.BEMA` for `transformers.Trainer`."""
 
 
 class LAWA(LAWASettings, AveragingCallback):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from averaging import EMA, LAWA, SWA, PostHocEMA, applied, load_into, named_weights
+from averaging import BEMA, EMA, LAWA, SWA, PostHocEMA, applied, load_into, named_weights
 
 FOLDERS = tempfile.TemporaryDirectory()
 atexit.register(FOLDERS.cleanup)
@@ -28,6 +28,8 @@ TABLE = {
     "ema-edm2": lambda **o: EMA(0.99, warmup="edm2", **o),
     "ema-compensated": lambda **o: EMA(0.9999, compensated=True, **o),
     "post-hoc-ema": lambda **o: PostHocEMA(tempfile.mkdtemp(dir=FOLDERS.name), every=2, snapshots=4, **o),
+    "bema": lambda **o: BEMA(every=2, **o),
+    "bema-device": lambda **o: BEMA(0.9, 0.5, rho=2, every=3, memory="device", **o),
     "swa": lambda **o: SWA(start=3, every=2, **o),
 }
 every_averager = pytest.mark.parametrize("build", TABLE.values(), ids=TABLE.keys())
@@ -269,6 +271,8 @@ def test_applied_checks_before_it_writes():
         (lambda: EMA(0.9, every=0), "positive"),
         (lambda: EMA(0.9, every="sometimes"), "optimizer steps"),
         (lambda: SWA(start=-1), "optimizer steps"),
+        (lambda: BEMA(eta=-1), "eta=-1"),
+        (lambda: BEMA(rho=0.5), "at least 1"),
         (lambda: SWA(start=1.5), "fraction"),
         (lambda: EMA(0.9, name="../up"), "letters"),
         (lambda: EMA(0.9, name="online"), "online"),
