@@ -13,7 +13,6 @@ import logging
 import shutil
 import subprocess
 import sys
-import sysconfig
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -23,23 +22,19 @@ from typing import Any
 import lightning
 import torch
 import transformers
-from matplotlib.figure import Figure
 from safetensors.torch import load_file
-from sklearn.datasets import load_digits
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, TensorDataset
+from torch import Tensor
 from tqdm import tqdm
 
 import averaging.lightning
 import averaging.transformers
 from averaging import EMA, LAWA, applied
+from common import digits, report, text
 
-OUT = Path("runs/demo")
+STEPS, OUT = report.arguments(__doc__, steps=800)
 K = 5
-STEPS = 800
-EVERY = 20  # steps between LAWA's snapshots, and between checkpoints
-EVALUATE_EVERY = 40
+EVERY = max(1, STEPS // 40)  # steps between LAWA's snapshots, and between checkpoints
+EVALUATE_EVERY = max(1, STEPS // 20)
 
 
 @dataclass
@@ -71,23 +66,6 @@ def averagers() -> tuple[LAWA, EMA]:
 
 # ---------------------------------------------------------------- 1: transformers.Trainer, Python's own source
 
-CONTEXT = 128
-
-
-def library_source() -> tuple[Tensor, Tensor]:
-    """Bytes of the standard library in rows of CONTEXT, from files to train on and from others held out."""
-    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
-    rows = []
-    for part in ([f for i, f in enumerate(files) if i % 10], files[::10]):
-        data = torch.frombuffer(bytearray(b"".join(f.read_bytes() for f in part)), dtype=torch.uint8)
-        rows.append(data[: len(data) // CONTEXT * CONTEXT].view(-1, CONTEXT).long())
-    train, held_out = rows
-    return train, held_out[torch.linspace(0, len(held_out) - 1, 96).long()]
-
-
-def examples(rows: Tensor) -> list[dict[str, Tensor]]:
-    return [{"input_ids": row, "labels": row} for row in rows]
-
 
 class TransformerCurves(transformers.TrainerCallback):
     """Records what Trainer evaluated (online and LAWA), and evaluates the EMA on the same data."""
@@ -98,60 +76,32 @@ class TransformerCurves(transformers.TrainerCallback):
     def on_step_end(self, args: Any, state: transformers.TrainerState, control: Any, **kwargs: Any) -> None:
         self.curves.show_step(state.global_step)
 
-    @torch.no_grad()
     def on_evaluate(self, args: Any, state: Any, control: Any, *, model: Any, metrics: Any, **kwargs: Any) -> None:
-        model.eval()
         with applied(model, self.ema):
-            ema = model(input_ids=self.held_out, labels=self.held_out).loss.item()
+            ema = text.loss(model, self.held_out)
         self.curves.add(state.global_step, online=metrics["eval_online_loss"], LAWA=metrics["eval_loss"], EMA=ema)
 
 
 def train_transformer(out: Path) -> tuple[Curves, int]:
     """Train, soup the last checkpoints, compare; returns the curves and how many tensors were compared."""
     torch.set_num_threads(2)
-    transformers.set_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=256,
-        hidden_size=128,
-        intermediate_size=384,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        max_position_embeddings=CONTEXT,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    train, held_out = library_source()
+    held_out = text.library_source()[1]
     curves = Curves("transformer", "nats per byte")
     lawa, ema = averagers()
-    trainer = transformers.Trainer(
-        transformers.LlamaForCausalLM(config),
-        transformers.TrainingArguments(
-            output_dir=str(out),
-            max_steps=STEPS,
-            per_device_train_batch_size=16,
-            per_device_eval_batch_size=len(held_out),
-            learning_rate=2e-3,
-            lr_scheduler_type="constant",
-            eval_strategy="steps",
-            eval_steps=EVALUATE_EVERY,
-            save_steps=EVERY,
-            save_total_limit=K,
-            logging_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            use_cpu=True,
-            dataloader_pin_memory=False,
-            seed=0,
-        ),
-        train_dataset=examples(train),
-        eval_dataset=examples(held_out),
+    trainer = text.trainer(
+        text.transformer(),
+        out,
         callbacks=[
             averaging.transformers.AveragingCallback(lawa, ema, evaluate="both"),
             TransformerCurves(curves, ema, held_out),
         ],
+        max_steps=STEPS,
+        eval_strategy="steps",
+        eval_steps=EVALUATE_EVERY,
+        save_strategy="steps",
+        save_steps=EVERY,
+        save_total_limit=K,
     )
-    trainer.remove_callback(transformers.PrinterCallback)
     trainer.train()
     curves.bar.close()
 
@@ -166,35 +116,6 @@ def train_transformer(out: Path) -> tuple[Curves, int]:
 # ---------------------------------------------------------------- 2: Lightning, handwritten digits
 
 
-class Classifier(lightning.LightningModule):
-    """A multilayer perceptron for 8 × 8 pixels."""
-
-    def __init__(self, width: int = 128) -> None:
-        super().__init__()
-        self.net = nn.Sequential(
-            nn.Linear(64, width),
-            nn.LayerNorm(width),
-            nn.ReLU(),
-            nn.Linear(width, width),
-            nn.LayerNorm(width),
-            nn.ReLU(),
-            nn.Linear(width, 10),
-        )
-
-    def loss(self, batch: list[Tensor]) -> Tensor:
-        pixels, digit = batch
-        return cross_entropy(self.net(pixels), digit)
-
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        return self.loss(batch)
-
-    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
-        self.log("val_loss", self.loss(batch))
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), lr=1e-2)
-
-
 class LightningCurves(lightning.Callback):
     """Records what Lightning validated (online and LAWA), and evaluates the EMA on the same data."""
 
@@ -206,7 +127,7 @@ class LightningCurves(lightning.Callback):
 
     @torch.no_grad()
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        assert isinstance(pl_module, Classifier)
+        assert isinstance(pl_module, digits.Classifier)
         with applied(pl_module, self.ema):
             ema = pl_module.loss(self.held_out).item()
         metrics = {name: value.item() for name, value in trainer.callback_metrics.items()}
@@ -217,32 +138,23 @@ def train_classifier(out: Path) -> tuple[Curves, int]:
     """Train, soup the last checkpoints, compare; returns the curves and how many tensors were compared."""
     torch.set_num_threads(1)  # too small a model to share out
     lightning.seed_everything(0, verbose=False)
-    digits = load_digits()
-    order = torch.randperm(len(digits.target))
-    pixels = (torch.tensor(digits.data, dtype=torch.float32) / 16)[order]
-    labels = torch.tensor(digits.target)[order]
-    train, held_out = TensorDataset(pixels[600:], labels[600:]), TensorDataset(pixels[:600], labels[:600])
+    held_out = digits.digits()[1]
     curves = Curves("classifier", "nats per digit")
     lawa, ema = averagers()
     checkpoints = lightning.pytorch.callbacks.ModelCheckpoint(
         out, every_n_train_steps=EVERY, monitor="step", mode="max", save_top_k=K, filename="{step}"
     )
-    trainer = lightning.Trainer(
-        accelerator="cpu",
-        max_steps=STEPS,
-        val_check_interval=EVALUATE_EVERY,
-        check_val_every_n_epoch=None,
-        num_sanity_val_steps=0,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
+    trainer = digits.trainer(
+        STEPS,
         callbacks=[
             averaging.lightning.AveragingCallback(lawa, ema, evaluate="both"),
             LightningCurves(curves, ema, list(held_out.tensors)),
             checkpoints,
         ],
+        val_check_interval=EVALUATE_EVERY,
+        enable_checkpointing=True,
     )
-    trainer.fit(Classifier(), DataLoader(train, 32, shuffle=True), DataLoader(held_out, len(held_out)))
+    trainer.fit(digits.Classifier(noise=0), *digits.loaders())
     curves.bar.close()
 
     soup(out, "--last", str(K), "-o", out / "soup.safetensors")
@@ -275,28 +187,11 @@ def require_equal(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> i
 
 def table(runs: list[Curves]) -> str:
     """The losses at the end of training."""
-    lines = [f"{'held-out loss':<14}{'online':>9}{'LAWA':>9}{'EMA':>9}{'gain':>9}"]
+    rows = []
     for run in runs:
         online, lawa, ema = (losses[-1] for losses in run.losses.values())
-        lines.append(f"{run.title:<14}{online:>9.4f}{lawa:>9.4f}{ema:>9.4f}{online - lawa:>9.4f}  {run.unit}")
-    return "\n".join(lines)
-
-
-COLOURS = {"online": "#9aa0a6", "LAWA": "#0b6e99", "EMA": "#d9730d"}
-
-
-def plot(runs: list[Curves], file: Path) -> None:
-    """Loss against step, one panel a model."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    panels = figure.subplots(1, len(runs))
-    for panel, run in zip(panels, runs, strict=True):
-        for name, losses in run.losses.items():
-            panel.plot(run.steps, losses, label=name, color=COLOURS[name], linewidth=1.8)
-        panel.set(title=run.title, xlabel="optimizer steps", ylabel=f"held-out loss ({run.unit})")
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.grid(alpha=0.25)
-    panels[0].legend(frameon=False)
-    figure.savefig(file, dpi=150)
+        rows.append((run.title, online, lawa, ema, online - lawa, run.unit))
+    return report.table(["held-out loss", "online", "LAWA", "EMA", "gain", ""], rows)
 
 
 def main() -> None:
@@ -307,10 +202,12 @@ def main() -> None:
     shutil.rmtree(OUT, ignore_errors=True)
     transformer, equal_there = train_transformer(OUT / "transformer")
     classifier, equal_here = train_classifier(OUT / "classifier")
-    plot([transformer, classifier], OUT / "loss.png")
     print(f"\nsoup = LAWA, bit for bit: {equal_there} tensors of the transformer, {equal_here} of the classifier\n")
     print(table([transformer, classifier]))
-    print(f"\nplot: {OUT / 'loss.png'} ({time.monotonic() - started:.0f} s)")
+    print()
+    panels = [report.Panel(r.title, f"held-out loss ({r.unit})", r.steps, r.losses) for r in (transformer, classifier)]
+    report.plot(OUT / "loss.png", *panels)
+    print(f"{time.monotonic() - started:.0f} s")
 
 
 if __name__ == "__main__":

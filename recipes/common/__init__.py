@@ -1,0 +1,1 @@
+"""The data, models and tables that the recipes and the demo share."""
