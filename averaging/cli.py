@@ -53,6 +53,11 @@ def parser() -> argparse.ArgumentParser:
         "for: linear, cosine or inverse_sqrt",
     )
     result.add_argument(
+        "--post-hoc", type=float, metavar="WIDTH", help="the EMA of this relative width, from snapshots of PostHocEMA"
+    )
+    result.add_argument("--at", type=int, metavar="STEP", help="with --post-hoc: at this step (default: the last)"
+    )
+    result.add_argument(
         "--like", metavar="MODEL", help="a checkpoint that the result shall be like, with what the others do not hold"
     )
     result.add_argument("--dtype", metavar="DTYPE", help="bfloat16, float16, float32 or float64 (default: unchanged)")
@@ -84,29 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> None:
-    from averaging.checkpoints import gather, select
-    from averaging.checkpoints.finding import DEFAULT_OUTPUT, is_searched
-    from averaging.soups.uniform import Uniform
-
     began = time.monotonic()
-    ingredients = select(gather(options.paths), options.last, options.every)
-    output = options.output
-    if output is None:
-        first = Path(options.paths[0])
-        if len(options.paths) > 1 or not is_searched(first, alone=True):
-            raise ValueError(
-                "say where to write with -o OUT (only for a single folder there is a default, FOLDER/soup)"
-            )
-        output = first / DEFAULT_OUTPUT
-    soup = Uniform(
-        ingredients,
-        output,
-        weights=options.weights,
-        like=options.like,
-        dtype=options.dtype,
-        allow_nonfinite=options.allow_nonfinite,
-        force=options.force,
-    )
+    soup = _soup(options)
     if options.dry_run:
         print(_describe(soup))
         return
@@ -115,7 +99,40 @@ def _run(options: argparse.Namespace) -> None:
     assert soup.output is not None
     if not options.quiet:
         seconds = time.monotonic() - began
-        print(f"{soup.output.path}: average of {len(ingredients)}, {_size(soup.output.nbytes)}, {seconds:.1f} s")
+        print(f"{soup.output.path}: average of {len(soup.ingredients)}, {_size(soup.output.nbytes)}, {seconds:.1f} s")
+
+
+def _soup(options: argparse.Namespace) -> Uniform:
+    from averaging.checkpoints import gather, select
+    from averaging.soups.post_hoc import rebuilding
+    from averaging.soups.uniform import Uniform
+
+    choices = {name: getattr(options, name) for name in ("like", "dtype", "allow_nonfinite", "force")}
+    if options.post_hoc is not None:
+        _refuse(options, "--post-hoc", "last", "every", "weights")
+        if len(options.paths) > 1:
+            raise ValueError("--post-hoc takes a single folder, that of PostHocEMA's snapshots")
+        return rebuilding(options.paths[0], options.post_hoc, options.at, _output(options), **choices)
+    _refuse(options, "a soup without --post-hoc", "at")
+    ingredients = select(gather(options.paths), options.last, options.every)
+    return Uniform(ingredients, _output(options), weights=options.weights, **choices)
+
+
+def _refuse(options: argparse.Namespace, what: str, *names: str) -> None:
+    for name in names:
+        if getattr(options, name) is not None:
+            raise ValueError(f"--{name} has no meaning for {what}; leave it out")
+
+
+def _output(options: argparse.Namespace) -> str | Path:
+    from averaging.checkpoints.finding import DEFAULT_OUTPUT, is_searched
+
+    if options.output is not None:
+        return str(options.output)
+    folder = Path(options.paths[0])
+    if len(options.paths) > 1 or not is_searched(folder, alone=True):
+        raise ValueError("say where to write with -o OUT (only for a single folder there is a default, FOLDER/soup)")
+    return folder / DEFAULT_OUTPUT
 
 
 def _describe(soup: Uniform) -> str:

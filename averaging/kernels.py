@@ -174,19 +174,6 @@ def rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype)
 
 
-def converted(weights: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """``weights`` in another dtype, rounded once; complex ones stay as they are."""
-    return {
-        name: round_into(torch.empty_like(tensor, dtype=dtype), tensor)
-        if tensor.dtype == torch.float64
-        # Every other dtype is rounded at most once on its way to float32 or to a half format.
-        else tensor
-        if tensor.is_complex()
-        else tensor.to(dtype)
-        for name, tensor in weights.items()
-    }
-
-
 def lerp_(accumulated: dict[str, Tensor], weights: Mapping[str, Tensor], weight: float) -> None:
     """``accumulated ← accumulated + weight (weights − accumulated)``, in place, paired by name.
 

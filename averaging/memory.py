@@ -263,7 +263,7 @@ def _identity(file: Path) -> tuple[int, tuple[int, int, int]]:
 _PAIRS = (torch.complex32, torch.complex128)
 
 
-def save_weights(weights: Weights, file: Path) -> None:
+def save_weights(weights: Weights, file: Path, metadata: Mapping[str, str] | None = None) -> None:
     """Write ``weights`` to a safetensors file that `SnapshotFile` reads."""
     tensors, pairs = {}, {}
     for name, tensor in weights.items():
@@ -271,7 +271,7 @@ def save_weights(weights: Weights, file: Path) -> None:
             tensor = torch.view_as_real(tensor)
             pairs[name] = "complex"
         tensors[name] = tensor.detach().contiguous()
-    save_file(tensors, file, metadata=pairs)
+    save_file(tensors, file, metadata={**pairs, **(metadata or {})})
 
 
 class SnapshotFile(Mapping[str, "Tensor"]):
@@ -294,14 +294,14 @@ class SnapshotFile(Mapping[str, "Tensor"]):
         if name not in self._names:
             raise KeyError(name)
         tensor: Tensor = self._open.get_tensor(name)
-        return torch.view_as_complex(tensor) if name in self._pairs else tensor
+        return torch.view_as_complex(tensor) if self._pairs.get(name) == "complex" else tensor
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor, which is not read."""
         if name not in self._names:
             raise KeyError(name)
         shape = tuple(self._open.get_slice(name).get_shape())
-        return shape[:-1] if name in self._pairs else shape
+        return shape[:-1] if self._pairs.get(name) == "complex" else shape
 
     def __contains__(self, name: object) -> bool:
         return name in self._names  # Mapping's own would read the tensor

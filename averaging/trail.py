@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import distributed
 
 from averaging.atomic import replacing
 from averaging.checkpoints.finding import TEMPLATE
+from averaging.memory import save_weights
 
 if TYPE_CHECKING:
     from averaging.weights import Weights
@@ -51,8 +51,7 @@ class Trail:
         file = self.folder / f"step-{step:09d}{label}.safetensors"
         try:
             with replacing(file) as temporary:
-                contiguous = {name: tensor.detach().contiguous() for name, tensor in weights.items()}
-                save_file(contiguous, temporary, {"format": "pt", "step": str(step), **(metadata or {})})
+                save_weights(weights, temporary, {"format": "pt", "step": str(step), **(metadata or {})})
         except (OSError, SafetensorError) as error:
             size = sum(tensor.nbytes for tensor in weights.values())
             raise OSError(

@@ -164,8 +164,10 @@ def checkpoints(tmp_path, monkeypatch):
     for folder in (*(f"checkpoints/checkpoint-{step}" for step in range(10, 80, 10)), "a", "b"):
         llama().save_pretrained(folder)
     model, trajectory = llama(), averaging.Trajectory("runs/trajectory", every=100)
+    ema = averaging.PostHocEMA("runs/ema", snapshots=100)
     for step in range(100, 2100, 100):
         trajectory.update(model, step)
+        ema.update(model, step)
 
 
 @pytest.mark.parametrize("words", [words for words in commands() if words[0] == "soup"], ids=" ".join)

@@ -165,18 +165,18 @@ def test_a_new_run_in_an_old_folder_loses_nothing_and_mixes_nothing(tmp_path):
 def test_a_full_disk_is_a_clear_error_and_training_can_go_on(tmp_path, monkeypatch):
     trajectory, model = Trajectory(tmp_path, every=1), network()
     run(trajectory, model, [1])
-    save_file = trail.save_file
+    save_weights = trail.save_weights
 
     def full(tensors, file, metadata):
-        save_file(tensors, file, metadata)
+        save_weights(tensors, file, metadata)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(trail, "save_file", full)
+    monkeypatch.setattr(trail, "save_weights", full)
     with pytest.raises(OSError, match="intact: make room") as caught:
         trajectory.update(model, 2)
     assert caught.value.errno == errno.ENOSPC
     assert os.listdir(tmp_path) == ["step-000000001.safetensors"]
-    monkeypatch.setattr(trail, "save_file", save_file)
+    monkeypatch.setattr(trail, "save_weights", save_weights)
     run(trajectory, model, [3])
     assert steps(tmp_path) == [1, 3]
 

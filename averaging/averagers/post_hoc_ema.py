@@ -18,34 +18,19 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from torch import nn
 
 from averaging import kernels
 from averaging.averager import Averager
 from averaging.checkpoints.finding import WIDTH_KEY
-from averaging.schedule import Length, Schedule, Span
+from averaging.schedule import Length, Run, Schedule, Span
+from averaging.soups.post_hoc import exponent
 from averaging.trail import Trail
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from averaging.weights import Weights
-
-WIDEST = 12**-0.5
-"""The width of γ = 0: the uniform mean of everything since the start."""
-
-
-def exponent(width: float) -> float:
-    """γ of the power function with that relative width.
-
-    Raises:
-        ValueError: a width that is not between 0 and 12^(−1/2) ≈ 0.289.
-    """
-    if not 0 < width < WIDEST:
-        raise ValueError(f"width={width!r}: must be between 0 and {WIDEST:.3f} (the mean of everything)")
-    narrow = width**-2
-    return float(np.roots([1, 7, 16 - narrow, 12 - narrow]).real.max())
 
 
 class PostHocEMA(Averager):
@@ -65,7 +50,9 @@ class PostHocEMA(Averager):
         widths: standard deviations of the profiles relative to the training done, between 0 and 0.289. Two are enough;
             the widths wanted afterwards may lie between or around them.
         snapshots: spacing of the snapshots: optimizer steps, epochs, or a fraction of the run.
-        every: optimizer steps between absorptions, 1 by default; the profiles are the same at any spacing.
+        every: optimizer steps between absorptions; the profiles are the same at any spacing. The default is 1/10 000
+            of the run, or 1 where its length is not known: absorbing more often than that would only cost time, and
+            float32 its precision.
         start, name, frozen, buffers: as in `Averager`.
 
     Raises:
@@ -97,6 +84,9 @@ class PostHocEMA(Averager):
 
     def keep_template(self, save: Callable[[Path], None]) -> None:
         self.trail.keep_template(save)
+
+    def default_every(self, run: Run) -> Length:
+        return Length(max(1, (run.steps or 0) // 10_000), "steps")
 
     def _resolve(self) -> Schedule:
         if self.snapshots.unit != "epochs":

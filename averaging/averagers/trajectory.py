@@ -77,7 +77,9 @@ class Trajectory(Averager):
 
     def absorb(self, weights: Weights, step: int) -> None:
         self.trail.set_aside(after=self.absorbed_step)
-        self.trail.store(step, weights if self.dtype is None else kernels.converted(weights, self.dtype))
+        if (dtype := self.dtype) is not None:
+            weights = {n: t if t.is_complex() else kernels.rounded(t, dtype) for n, t in weights.items()}
+        self.trail.store(step, weights)
 
     def average(self, *, rounded: bool = False) -> Weights:
         self._require_average()

@@ -1,5 +1,6 @@
 """Soups: averages of saved checkpoints. Importing this imports no torch."""
 
+from averaging.soups.post_hoc import post_hoc
 from averaging.soups.uniform import uniform
 
-__all__ = ["uniform"]
+__all__ = ["post_hoc", "uniform"]

@@ -15,7 +15,7 @@ from typing import Any
 from averaging.atomic import replacing
 from averaging.checkpoints.checkpoint import INDEX_FILE, MODEL_FILE, TITLES, Checkpoint, weight_files
 from averaging.checkpoints.files import BITS, layout, nbytes
-from averaging.checkpoints.finding import RECORD_FILE, RECORD_KEY
+from averaging.checkpoints.finding import RECORD_FILE, RECORD_KEY, WIDTH_KEY
 
 # Configuration, tokenizers, chat templates, custom code: what belongs to a model besides its weights.
 _COPIED = {".json", ".jinja", ".txt", ".model", ".py", ".tiktoken", ".spm", ".vocab", ".bpe"}
@@ -193,6 +193,7 @@ class Output:
                 order.sort(key=lambda name: -BITS[dtypes[name]])
             metadata = {"format": "pt"} | next(iter(model.metadata.values()), {})
             metadata |= model.metadata.get(file, {})
+            metadata.pop(WIDTH_KEY, None)  # the result's is another
             files.append(File(file, {name: (dtypes[name], model.entries[name].shape) for name in order}, metadata))
         return files
 

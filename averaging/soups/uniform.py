@@ -201,6 +201,8 @@ class Uniform:
         return Checkpoint(self.output.path)
 
     def _warn_of_twins(self, checksums: Sequence[str]) -> None:
+        if self.method != "uniform":
+            return  # two EMAs are the same until the second absorption
         seen: dict[str, Checkpoint] = {}
         for ingredient, checksum in zip(self.ingredients, checksums, strict=True):
             twin = seen.setdefault(checksum, ingredient)
