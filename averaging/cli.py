@@ -55,8 +55,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--post-hoc", type=float, metavar="WIDTH", help="the EMA of this relative width, from snapshots of PostHocEMA"
     )
-    result.add_argument("--at", type=int, metavar="STEP", help="with --post-hoc: at this step (default: the last)"
-    )
+    result.add_argument("--at", type=int, metavar="STEP", help="with --post-hoc: at this step (default: the last)")
     result.add_argument(
         "--like", metavar="MODEL", help="a checkpoint that the result shall be like, with what the others do not hold"
     )
