@@ -20,6 +20,7 @@ from averaging.apply import load_into
 from averaging.averager import Averager
 from averaging.averagers.ema import Warmup
 from averaging.decay import Decay
+from averaging.learning_rate import AnnealStrategy, Rates, SWALearningRate
 from averaging.schedule import Span
 
 Evaluate = Literal["average", "online", "both"]
@@ -49,6 +50,7 @@ class CallbackCore:
     """
 
     framework: ClassVar[str]
+    learning_rate: SWALearningRate | None = None
 
     def __init__(
         self,
@@ -86,6 +88,12 @@ class CallbackCore:
             restart = averager.update(model, step, epoch=epoch)
             if restart is not None:
                 load_into(model, restart)
+
+    def set_learning_rate(self, optimizers: Sequence[Any], step: int) -> list[float] | None:
+        """Set the learning rate for the next optimizer step, if that is asked for and its time has come."""
+        if self.learning_rate is None:
+            return None
+        return self.learning_rate.apply(optimizers, step, self.averager)
 
     def warn_ignored(self, leader: Averager) -> None:
         """Say so if this callback, which does not lead, was given options that only the leading one obeys."""
@@ -254,13 +262,28 @@ class EMASettings(CallbackCore):
 
 
 class SWASettings(CallbackCore):
-    """The arguments of `averaging.SWA` and of `CallbackCore`."""
+    """The arguments of `averaging.SWA`, its learning rate, and the arguments of `CallbackCore`.
+
+    Args:
+        swa_lr: the learning rate from SWA's start on, for all parameter groups or a list with one for each. It takes
+            over from the run's own scheduler, which by default goes on. (In your own loop use PyTorch's `SWALR`.)
+        anneal: length of the annealing from the learning rate at SWA's start to ``swa_lr``.
+        anneal_strategy: its form, ``"cos"`` or ``"linear"``.
+        cycle: instead of annealing, let the learning rate fall linearly from ``max_lr`` to ``swa_lr`` in every cycle of
+            this length, such as ``"epoch"``, and take a snapshot at its end.
+        max_lr: the learning rate that a cycle begins with; by default the one at SWA's start.
+    """
 
     def __init__(
         self,
         start: Span = 0.75,
         *,
         every: Span | None = None,
+        swa_lr: Rates | None = None,
+        anneal: Span = 0.05,
+        anneal_strategy: AnnealStrategy = "cos",
+        cycle: Span | None = None,
+        max_lr: Rates | None = None,
         name: str | None = None,
         frozen: bool = False,
         buffers: bool = False,
@@ -268,6 +291,13 @@ class SWASettings(CallbackCore):
         checkpoint: Checkpoint = "online",
         missing: Literal["error", "start"] = "error",
     ) -> None:
+        if swa_lr is not None:
+            self.learning_rate = SWALearningRate(
+                swa_lr, anneal=anneal, anneal_strategy=anneal_strategy, cycle=cycle, max_lr=max_lr
+            )
+        elif cycle is not None or max_lr is not None:
+            raise ValueError("cycle and max_lr are about the learning rate during SWA: give swa_lr=, too")
+        every = cycle if every is None else every
         averager = averaging.SWA(start, every=every, name=name, frozen=frozen, buffers=buffers)
         super().__init__(averager, evaluate=evaluate, checkpoint=checkpoint, missing=missing)
 

@@ -114,12 +114,20 @@ class AveragingCallback(CallbackCore, Callback):
             if not averager.absorbed:
                 averager.update(pl_module, averager.step, epoch=averager.epoch)
 
+        if self.learning_rate is not None and len(trainer.optimizers) > 1:
+            warnings.warn(f"swa_lr sets the learning rate of all {len(trainer.optimizers)} optimizers", stacklevel=2)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self.set_learning_rate(trainer.optimizers, trainer.global_step)
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         batches = trainer.num_training_batches
         done = (batch_idx + 1) / batches if isinstance(batches, int) else 0.0
         self.offer(pl_module, trainer.global_step, trainer.current_epoch + done)
+        # Once more before the next batch: schedulers have their turn before this, or after it.
+        self.set_learning_rate(trainer.optimizers, trainer.global_step)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Where the length of the data is not known, the end of an epoch is known only here.

@@ -105,6 +105,13 @@ class AveragingCallback(CallbackCore, TrainerCallback):
                 averager.update(trainer.model, averager.step, epoch=averager.epoch)
         self._training = True
 
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        rates = self.set_learning_rate([kwargs["optimizer"]], state.global_step)
+        if rates is not None:
+            kwargs["lr_scheduler"]._last_lr = rates  # which Trainer logs
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if getattr(kwargs.get("optimizer"), "step_was_skipped", False):
             return  # fp16 found an overflow: nothing was learned in this step
