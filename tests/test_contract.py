@@ -28,6 +28,7 @@ TABLE = {
     "ema-edm2": lambda **o: EMA(0.99, warmup="edm2", **o),
     "ema-compensated": lambda **o: EMA(0.9999, compensated=True, **o),
     "post-hoc-ema": lambda **o: PostHocEMA(tempfile.mkdtemp(dir=FOLDERS.name), every=2, snapshots=4, **o),
+    "ema-switch": lambda **o: EMA(0.9, switch=4, **o),
     "bema": lambda **o: BEMA(every=2, **o),
     "bema-device": lambda **o: BEMA(0.9, 0.5, rho=2, every=3, memory="device", **o),
     "swa": lambda **o: SWA(start=3, every=2, **o),
@@ -72,7 +73,8 @@ def assert_same(one, other) -> None:
 def run(averager, model, steps) -> None:
     for step in steps:
         walk(model, step)
-        averager.update(model, step)
+        if (restart := averager.update(model, step)) is not None:
+            load_into(model, restart)
 
 
 @every_averager
@@ -269,6 +271,8 @@ def test_applied_checks_before_it_writes():
         (lambda: EMA(decay=0.9, half_life=3), "one of"),
         (lambda: EMA(0.9, warmup="slow"), "warmup"),
         (lambda: EMA(0.9, every=0), "positive"),
+        (lambda: EMA(0.9, switch=0), "switch=0"),
+        (lambda: EMA(0.9, switch="epoch").update(nn.Linear(2, 2)), "epoch="),
         (lambda: EMA(0.9, every="sometimes"), "optimizer steps"),
         (lambda: SWA(start=-1), "optimizer steps"),
         (lambda: BEMA(eta=-1), "eta=-1"),

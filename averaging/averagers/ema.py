@@ -7,6 +7,14 @@ asked for at any spacing. Polyak and Juditsky 1992 for averaging; Tarvainen and 
 for the exponential form in deep learning. Warm-ups: TensorFlow's ExponentialMovingAverage; diffusers' EMAModel and
 timm's ModelEmaV3; Kingma and Ba 2015 (arXiv:1412.6980) section 3 for the debiasing; Karras et al. 2023
 (arXiv:2312.02696, the EDM2 code) for the half-life ramp.
+
+With ``switch``, training goes on from the average:
+
+    θ ← e   at each multiple of switch
+
+Li et al. 2024, "Switch EMA: A Free Lunch for Better Flatness and Sharpness" (arXiv:2402.09240): at the end of each
+epoch. Lee et al. 2024, "Slow and Steady Wins the Race: Maintaining Plasticity with Hare and Tortoise Networks"
+(arXiv:2406.02596): the hare, which trains, is set back every so many steps to the tortoise, its average.
 """
 
 from __future__ import annotations
@@ -18,10 +26,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from averaging import kernels
 from averaging.averager import Averager
-from averaging.schedule import Length, Run, Span
+from averaging.schedule import Length, Run, Schedule, Span
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from averaging.weights import Weights
 
@@ -56,7 +64,11 @@ class EMA(Averager):
             float32 an absorption that moves a weight by less than half the distance to the next float32 number does
             not move it at all: what is missing stays missing once it is below 2^−24/(1 − βⁿ) of the weight.
             A larger ``every`` helps too, at no cost. A warning says when either is called for.
-        start, name, frozen, buffers: as in `Averager`.
+        switch: copy the average into the model every so many optimizer steps, or ``"epoch"`` (or a fraction of the
+            run), and train on from there. The trainers' callbacks do it; in your own loop `update` returns the weights
+            to go on from. The average and the optimizer's moments stay as they are. Other averages named after this
+            one absorb the weights it wrote.
+        start, name, frozen, buffers: as in `Averager`. ``start`` holds for ``switch``, too.
 
     Raises:
         ValueError: decay outside [0, 1], more than one of decay, half_life and window, or ``compensated`` on a device
@@ -74,6 +86,7 @@ class EMA(Averager):
         warmup: Warmup | None = None,
         power: float = 2 / 3,
         compensated: bool = False,
+        switch: Span | None = None,
         name: str | None = None,
         frozen: bool = False,
         buffers: bool = False,
@@ -94,6 +107,9 @@ class EMA(Averager):
         self.warmup = warmup
         self.power = power
         self.compensated = compensated
+        self.switch = None if switch is None else Length.parse(switch, "switch")
+        if self.switch and not self.switch.amount:
+            raise ValueError(f"switch={switch!r}: must be positive")
         self._ema: dict[str, Tensor] = {}
         self._first_step = 0
         super().__init__(every=every, start=start, name=name, frozen=frozen, buffers=buffers)
@@ -143,6 +159,15 @@ class EMA(Averager):
         if self.warmup == "power":
             return float(1 - (1 + t) ** -self.power)
         return float(2 ** (-1 / (0.09 * t)))
+
+    def update(
+        self, model: nn.Module | Weights, step: int | None = None, *, epoch: float | None = None
+    ) -> Weights | None:
+        last = (self.step, self.epoch)
+        super().update(model, step, epoch=epoch)
+        if self.switch and self.absorbed and Schedule(self.switch, self.start).due(self.run, last, (self.step, epoch)):
+            return self.average(rounded=True)
+        return None
 
     def absorb(self, weights: Weights, step: int) -> None:
         if not self.absorbed:
