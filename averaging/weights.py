@@ -75,12 +75,14 @@ class Binding:
         self.weights: dict[str, Tensor] = {}
         seen: set[int] = set()
         for prefix, part in inner.named_modules():
-            for key, parameter in part._parameters.items():
+            # A scripted module's parameters are no dict, and none of them can be replaced.
+            owner = part._parameters if isinstance(part._parameters, dict) else dict(part._parameters.items())
+            for key, parameter in owner.items():
                 if parameter is None or id(parameter) in seen:
                     continue
                 # By identity: a tied weight counts once, under its first name.
                 seen.add(id(parameter))
-                self._watched.append((part._parameters, key, parameter, parameter.requires_grad))
+                self._watched.append((owner, key, parameter, parameter.requires_grad))
                 if _averageable(parameter) and (frozen or parameter.requires_grad):
                     self.weights[_plain(f"{prefix}.{key}" if prefix else key)] = parameter
         if buffers:
