@@ -8,16 +8,17 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from averaging.averager import Averager
 from averaging.kernels import round_into
 from averaging.weights import Weights, every_name
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from averaging.averager import Average
+
 
 @contextmanager
-def applied(model: nn.Module, weights: Averager | Weights) -> Iterator[Weights]:
+def applied(model: nn.Module, weights: Average | Weights) -> Iterator[Weights]:
     """Within the ``with`` block, ``model`` holds ``weights``; afterwards its own again, bit for bit.
 
     Tensors are paired by name and copied in place, so optimizers, compiled graphs and DDP keep working.
@@ -28,7 +29,7 @@ def applied(model: nn.Module, weights: Averager | Weights) -> Iterator[Weights]:
 
     Args:
         model: the model, wrapped or not.
-        weights: an averager, or name → tensor for some or all of the model's parameters and buffers.
+        weights: an averager or one of its `views`, or name → tensor for some or all parameters and buffers.
             An averager that has absorbed nothing yet stands for the model's own weights.
 
     Yields:
@@ -46,12 +47,12 @@ def applied(model: nn.Module, weights: Averager | Weights) -> Iterator[Weights]:
         _write_uninterrupted([(target, online[name]) for name, (target, _) in pairs.items()])
 
 
-def load_into(model: nn.Module, weights: Averager | Weights) -> None:
+def load_into(model: nn.Module, weights: Average | Weights) -> None:
     """Copy ``weights`` into ``model`` in place, each tensor rounded once to the model's dtype.
 
     Args:
         model: the model, wrapped or not.
-        weights: an averager, or name → tensor for some or all of the model's parameters and buffers.
+        weights: an averager or one of its `views`, or name → tensor for some or all parameters and buffers.
             An averager that has absorbed nothing yet stands for the model's own weights.
 
     Raises:
@@ -60,9 +61,9 @@ def load_into(model: nn.Module, weights: Averager | Weights) -> None:
     _write_uninterrupted(_pair(model, weights).values())
 
 
-def _pair(model: nn.Module, weights: Averager | Weights) -> Mapping[str, tuple[Tensor, Tensor]]:
+def _pair(model: nn.Module, weights: Average | Weights) -> Mapping[str, tuple[Tensor, Tensor]]:
     """(target in the model, source) by name, all checked before anything is written."""
-    if isinstance(weights, Averager):
+    if not isinstance(weights, Mapping):
         if not weights.ready:
             return {}
         weights = weights.average(rounded=True)

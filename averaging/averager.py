@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import nn
@@ -20,6 +20,18 @@ from averaging.atomic import replacing
 from averaging.memory import SnapshotFile, WrittenFile, save_weights
 from averaging.schedule import Length, Run, Schedule, Span
 from averaging.weights import Binding, Weights
+
+
+class Average(Protocol):
+    """What `applied` and `load_into` put into a model: an averager, or one of the averages it keeps."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is an average; until then it stands for the model's own weights."""
+
+    def average(self, *, rounded: bool = False) -> Weights:
+        """As `Averager.average`."""
+
 
 STATE_FILE = "averaging.json"
 STATE_VERSION = 1
@@ -55,9 +67,6 @@ class Averager(ABC):
 
     immutable: ClassVar[bool] = False
     """Whether a group of `tensors`, once there, never changes, so that saved states may share its file."""
-
-    averages: ClassVar[bool] = True
-    """False for one that only records: it has no tensors, and its `average` is empty."""
 
     def __init__(
         self,
@@ -141,6 +150,13 @@ class Averager(ABC):
         """Whether to absorb the weights offered ``now``; that and the ``last`` offer as (optimizer step, epoch)."""
         assert self._schedule is not None
         return self._schedule.due(self.run, last, now)
+
+    def views(self) -> Mapping[str, Average]:
+        """The averages this averager keeps: name → average. Nearly always one, itself; none if it only records.
+
+        Each is evaluated and saved as a model under its own name; the state is saved once, with the first one.
+        """
+        return {self.name: self}
 
     def default_every(self, run: Run) -> Length:
         """The spacing when ``every`` is not given."""
@@ -341,7 +357,7 @@ class Averager(ABC):
             step, epoch = int(state["step"]), float(state["epoch"])
             absorbed, absorbed_step = int(state["absorbed"]), int(state["absorbed_step"])
             tensors = state["tensors"]
-            if bool(absorbed and self.averages) != bool(tensors):
+            if bool(absorbed and self.views()) != bool(tensors):
                 raise ValueError("the state's counts and tensors contradict each other: it is damaged")
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"this is not the state of an averager, or it is damaged ({error!r})") from error

@@ -7,27 +7,32 @@ out its arguments, and one line in either adapter.
 from __future__ import annotations
 
 import os
+import random
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from numbers import Real
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
+import numpy
 import torch
 from torch import nn
 
 import averaging
 from averaging.apply import load_into
-from averaging.averager import Averager
+from averaging.averager import Average, Averager
 from averaging.averagers.ema import Warmup
 from averaging.decay import Decay
 from averaging.learning_rate import AnnealStrategy, Rates, SWALearningRate
 from averaging.schedule import Span
 
-Evaluate = Literal["average", "online", "both"]
+Evaluate = Literal["average", "online", "both", "all"]
 Checkpoint = Literal["online", "average"]
 
 ONLINE = "online"
 """What the weights being trained are called in checkpoints and metrics."""
+
+
+C = TypeVar("C", bound="CallbackCore")
 
 
 class CallbackCore:
@@ -37,7 +42,8 @@ class CallbackCore:
         averagers: one or more averagers, with different names. The first one leads: it is what is evaluated, and
             what the model holds when training ends.
         evaluate: what evaluations during training measure: the ``"average"``, the ``"online"`` weights, or
-            ``"both"``: the average under the usual names and the online weights beside them.
+            ``"both"``: the average under the usual names and the online weights beside them. ``"all"`` measures
+            every other average beside them, too. Each evaluation draws the same random numbers.
         checkpoint: which weights a checkpoint's model file holds. ``"online"``: those being trained, with each
             average beside them. ``"average"``: the first average, with the online weights beside it. A run resumes
             exactly from either.
@@ -65,7 +71,7 @@ class CallbackCore:
             if not isinstance(averager, Averager):
                 raise TypeError(f"{averager!r} is not an averager: give instances such as averaging.EMA(0.999)")
         for option, value, known in (
-            ("evaluate", evaluate, ("average", "online", "both")),
+            ("evaluate", evaluate, ("average", "online", "both", "all")),
             ("checkpoint", checkpoint, ("online", "average")),
             ("missing", missing, ("error", "start")),
         ):
@@ -75,12 +81,31 @@ class CallbackCore:
         self.evaluate = evaluate
         self.checkpoint = checkpoint
         self.missing = missing
-        require_different_names(self.averagers)
+        by_name(self.averagers)
 
     @property
     def averager(self) -> Averager:
         """The leading averager."""
         return self.averagers[0]
+
+    @property
+    def leader(self) -> str:
+        """The name of the leading average; ``"online"`` where nothing is averaged."""
+        return next(iter(by_name(self.averagers)), ONLINE)
+
+    @property
+    def average(self) -> Average | None:
+        """The leading average; None where nothing is averaged."""
+        return by_name(self.averagers).get(self.leader)
+
+    def beside(self, names: Iterable[str]) -> list[str]:
+        """What evaluations measure beside what has the usual names: of all averages' ``names``, and ``"online"``."""
+        match self.evaluate:
+            case "both":
+                return [ONLINE]
+            case "all":
+                return [ONLINE, *list(names)[1:]]
+        return []
 
     def offer(self, model: nn.Module, step: int, epoch: float | None) -> None:
         """Offer the weights after an optimizer step, and write back what an averager wants training to go on from."""
@@ -95,19 +120,19 @@ class CallbackCore:
             return None
         return self.learning_rate.apply(optimizers, step, self.averager)
 
-    def warn_ignored(self, leader: Averager) -> None:
+    def warn_ignored(self, leader: CallbackCore) -> None:
         """Say so if this callback, which does not lead, was given options that only the leading one obeys."""
         if (self.evaluate, self.checkpoint) != ("average", "online"):
             warnings.warn(
                 f"evaluate= and checkpoint= of the callback for {self.averager.name!r} are ignored: "
-                f"the first averaging callback, for {leader.name!r}, leads",
+                f"the first averaging callback, for {leader.leader!r}, leads",
                 stacklevel=3,
             )
 
     def warn_no_average(self) -> None:
         """Say that the leading average, which the model should hold when training ends, never began."""
         warnings.warn(
-            f"training ended before there was an average {self.averager.name!r}: the model keeps its trained weights",
+            f"training ended before there was an average {self.leader!r}: the model keeps its trained weights",
             stacklevel=3,
         )
 
@@ -128,7 +153,7 @@ class CallbackCore:
         if self.missing == "start":
             return
         raise FileNotFoundError(
-            f"{where} holds no state of the average {averager.name!r}"
+            f"{where} holds no state of the average {home(averager)!r}"
             + (f" ({error})" if error else "")
             + ", so training cannot resume exactly. Resume from a checkpoint that has it, give the averager the name= "
             'it had, or pass missing="start" to begin a new average here'
@@ -148,12 +173,47 @@ class CallbackCore:
         return f"this {type(self).__name__} is a callback for {self.framework}: import it from averaging.{other}"
 
 
-def require_different_names(averagers: list[Averager]) -> None:
-    """Raise ValueError if two averages would share metrics and files."""
-    names = [averager.name for averager in averagers]
+def by_name(averagers: Iterable[Averager]) -> dict[str, Average]:
+    """All averages of ``averagers`` by name; the first one leads.
+
+    Raises:
+        ValueError: two of them would share metrics and files.
+    """
+    averages: dict[str, Average] = {}
+    names: list[str] = []
+    for averager in averagers:
+        averages.update(averager.views())
+        names += averager.views() or [averager.name]
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"{names.count(name)} averages are named {name!r}: tell them apart with name=")
+    return averages
+
+
+def home(averager: Averager) -> str:
+    """The name under which a checkpoint holds the state of ``averager``: that of its first average."""
+    return next(iter(averager.views()), averager.name)
+
+
+def leading(callbacks: Sequence[C]) -> C:
+    """The first callback that keeps an average, or the first one."""
+    return next((callback for callback in callbacks if callback.average is not None), callbacks[0])
+
+
+def random_state() -> Callable[[], None]:
+    """Remember where the random generators stand, of Python, NumPy and torch; calling the result brings them back."""
+    python, legacy, cpu = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
+    device: Any = torch.get_device_module() if torch.accelerator.is_available() else None
+    accelerator = device.get_rng_state() if device else None
+
+    def bring_back() -> None:
+        random.setstate(python)
+        numpy.random.set_state(legacy)
+        torch.set_rng_state(cpu)
+        if device:
+            device.set_rng_state(accelerator)
+
+    return bring_back
 
 
 class BEMASettings(CallbackCore):

@@ -9,8 +9,10 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import sys
 import warnings
-from contextlib import ExitStack
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
 from glob import escape, glob
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,10 +25,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
-from lightning.pytorch.utilities.seed import isolate_rng
 
 from averaging.apply import applied, load_into
-from averaging.averager import Averager
+from averaging.averager import Average, Averager
 from averaging.callbacks import (
     ONLINE,
     BEMASettings,
@@ -36,7 +37,10 @@ from averaging.callbacks import (
     PostHocEMASettings,
     SWASettings,
     TrajectorySettings,
-    require_different_names,
+    by_name,
+    home,
+    leading,
+    random_state,
 )
 from averaging.weights import Weights, first_names, named_weights
 
@@ -50,13 +54,15 @@ class AveragingCallback(CallbackCore, Callback):
     """Keeps averages of the weights during Lightning's ``Trainer.fit``.
 
     - Validation during ``fit`` measures the average. With ``evaluate="both"`` the online weights' metrics are logged
-      beside it: ``val_loss`` is the average's and ``online_val_loss`` theirs.
+      beside it: ``val_loss`` is the average's and ``online_val_loss`` theirs. With ``evaluate="all"`` those of each
+      further average are, too: ``ema_val_loss``.
     - A checkpoint's ``state_dict`` holds the weights being trained, and under the key ``averaging`` every average
       and its state: ``module.load_state_dict(load_average("last.ckpt"))``. With ``checkpoint="average"`` the
       ``state_dict`` itself is the average, and the weights being trained lie under the key. The snapshots of LAWA,
       which only resuming needs, lie in the folder ``last.ckpt.averaging-…`` beside it, as files that checkpoints share.
-    - ``ModelCheckpoint(monitor=...)`` picks by what was measured, and ``validate``, ``test`` and ``predict`` with
-      ``ckpt_path=`` put that checkpoint's average into the model.
+    - ``ModelCheckpoint(monitor=...)`` picks by any of these, and `load_average`, ``validate``, ``test`` and ``predict``
+      with ``ckpt_path=`` take from its checkpoints what was measured: the online weights for ``online_val_loss``, that
+      average for ``ema_val_loss``. From other checkpoints they take the average.
     - When training ends (at ``on_fit_end``) the model holds the average. The online weights are in the last
       checkpoint, and calling ``fit`` again with the same trainer continues from them (with new optimizers, as
       Lightning makes them; resume from the checkpoint to keep their state).
@@ -66,10 +72,11 @@ class AveragingCallback(CallbackCore, Callback):
 
     framework: ClassVar[str] = "lightning"
     _evaluation: ExitStack | None = None
+    _rewind: Callable[[], None] | None = None
     _online: Weights | None = None  # the weights being trained, while the model holds the average
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_evaluation"}
+        return {key: value for key, value in self.__dict__.items() if key not in ("_evaluation", "_rewind")}
 
     # ------------------------------------------------------------------ fit
 
@@ -78,10 +85,9 @@ class AveragingCallback(CallbackCore, Callback):
             trainer.strategy.checkpoint_io = _CheckpointIO()
         if stage != "fit":
             return
-        averagers = self._all_averagers(trainer)
-        require_different_names(averagers)
+        by_name(self._all_averagers(trainer))  # two of one name are an error
         if not self._leads(trainer):
-            self.warn_ignored(averagers[0])
+            self.warn_ignored(leading(self._callbacks(trainer)))
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.save_weights_only:
                 raise ValueError(
@@ -94,7 +100,7 @@ class AveragingCallback(CallbackCore, Callback):
                 averager.reset(trainer.global_step)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._online is not None and _holds(pl_module, self.averager):
+        if self._online is not None and _holds(pl_module, self.average):
             load_into(pl_module, self._online)
         self._online = None
         batches = trainer.num_training_batches
@@ -124,41 +130,42 @@ class AveragingCallback(CallbackCore, Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         batches = trainer.num_training_batches
-        done = (batch_idx + 1) / batches if isinstance(batches, int) else 0.0
+        done = (batch_idx + 1) / batches if isinstance(batches, int) else float(trainer.is_last_batch)
         self.offer(pl_module, trainer.global_step, trainer.current_epoch + done)
         # Once more before the next batch: schedulers have their turn before this, or after it.
         self.set_learning_rate(trainer.optimizers, trainer.global_step)
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Where the length of the data is not known, the end of an epoch is known only here.
-        self.offer(pl_module, trainer.global_step, trainer.current_epoch + 1.0)
-
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Not at on_train_end, where ModelCheckpoint may still write the weights being trained.
-        if not self._leads(trainer):
+        if not self._leads(trainer) or self.average is None:
             return
-        if not self.averager.ready:
+        if not self.average.ready:
             self.warn_no_average()
             return
         own = named_weights(pl_module, frozen=True, buffers=True)
-        online = {name: own[name].to("cpu", copy=True) for name in self.averager.average(rounded=True)}
-        load_into(pl_module, self.averager)
+        online = {name: own[name].to("cpu", copy=True) for name in self.average.average(rounded=True)}
+        load_into(pl_module, self.average)
         self._online = online
 
     # ------------------------------------------------------------------ evaluation
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.state.fn == TrainerFn.FITTING and self.evaluate != "online" and self._leads(trainer):
+        if trainer.state.fn != TrainerFn.FITTING or not self._leads(trainer):
+            return
+        self._rewind = random_state()
+        if self.evaluate != "online" and self.average is not None:
             self._evaluation = ExitStack()
-            self._online = self._evaluation.enter_context(applied(pl_module, self.averager))
+            self._online = self._evaluation.enter_context(applied(pl_module, self.average))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        evaluated = self._evaluation is not None
         self._leave_evaluation()
         if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
             return
-        if evaluated and self.evaluate == "both":
-            _validate_again(trainer, prefix="online_")
+        if self._rewind is not None:  # this callback leads
+            averages = by_name(self._all_averagers(trainer))
+            for name in self.beside(averages):
+                with nullcontext() if name == ONLINE else applied(pl_module, averages[name]):
+                    _validate_again(trainer, f"{name}_", self._rewind)
         self.observe(trainer.callback_metrics, trainer.global_step)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -177,45 +184,48 @@ class AveragingCallback(CallbackCore, Callback):
         state_dict = checkpoint["state_dict"]
         beside = isinstance(trainer.strategy.checkpoint_io, _CheckpointIO)
         averages: dict[str, dict[str, Any]] = {}
-        for averager in self._all_averagers(trainer):
-            average = averager.average(rounded=True) if averager.ready else {}
-            averages[averager.name] = {
-                "average": _entries(pl_module, state_dict, average),
-                "state": averager if beside and averager.immutable else averager.state_dict(),
-            }
-        online = {key: state_dict[key] for key in averages[self.averager.name]["average"]}
+        for name, average in by_name(averagers := self._all_averagers(trainer)).items():
+            weights = average.average(rounded=True) if average.ready else {}
+            averages[name] = {"average": _entries(pl_module, state_dict, weights)}
+        for averager in averagers:
+            state = averager if beside and averager.immutable else averager.state_dict()
+            averages.setdefault(home(averager), {})["state"] = state
+        online = {key: state_dict[key] for key in averages.get(self.leader, {}).get("average", {})}
         if self._online is not None:
             online = _entries(pl_module, state_dict, self._online)
         # After training the model holds the average, and so does a checkpoint of it.
         ended = self._online is not None and self._evaluation is None
-        held = self.averager.name if self.checkpoint == "average" or ended else ONLINE
+        held = self.leader if self.checkpoint == "average" or ended else ONLINE
         payload: dict[str, Any] = {"held": held, "averages": averages}
+        if (chosen := self._chosen_by(_saving_monitor(), trainer)) is not None:
+            payload["chosen"] = chosen
         if held == ONLINE:
             checkpoint["state_dict"] = {**state_dict, **online}
         else:
-            checkpoint["state_dict"] = {**state_dict, **averages[held].pop("average")}
+            checkpoint["state_dict"] = {**state_dict, **averages[held]["average"]}
+            averages[held]["average"] = {}
             payload[ONLINE] = online
         checkpoint[KEY] = payload
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         payload = checkpoint.get(KEY)
         if trainer.state.fn != TrainerFn.FITTING:
-            if self.evaluate != "online" and self._leads(trainer):
-                if payload is None or self.averager.name not in payload["averages"]:
+            if self._leads(trainer):
+                payload = payload or {"held": ONLINE, "averages": {}}
+                wanted = payload.get("chosen", ONLINE if self.evaluate == "online" else self.leader)
+                if wanted != ONLINE and wanted not in payload["averages"]:
                     warnings.warn(
-                        f"the checkpoint holds no average {self.averager.name!r}: its weights are used as they are",
-                        stacklevel=2,
+                        f"the checkpoint holds no average {wanted!r}: its weights are used as they are", stacklevel=2
                     )
-                else:
-                    pl_module.load_state_dict(payload["averages"][self.averager.name].get("average", {}), strict=False)
+                pl_module.load_state_dict(_stored(payload, wanted), strict=False)
             return
         self._online = None
         for averager in self.averagers:
             averager.reset()
-            if payload is None or averager.name not in payload["averages"]:
+            state = None if payload is None else payload["averages"].get(home(averager), {}).get("state")
+            if state is None:
                 self.missing_state(averager, "the checkpoint")
                 continue
-            state = payload["averages"][averager.name]["state"]
             if "folder" not in state:
                 averager.load_state_dict(state)
                 continue
@@ -224,7 +234,15 @@ class AveragingCallback(CallbackCore, Callback):
             except FileNotFoundError as error:
                 self.missing_state(averager, "the folder beside the checkpoint, which is to move along with it,", error)
         if payload is not None and self._leads(trainer):
-            pl_module.load_state_dict(payload.get(ONLINE, {}), strict=False)
+            pl_module.load_state_dict(_stored(payload, ONLINE), strict=False)
+
+    def _chosen_by(self, monitor: str | None, trainer: Trainer) -> str | None:
+        """The weights that a metric measured if it is not one of the usual names: an average's name, or "online"."""
+        names = self.beside(by_name(self._all_averagers(trainer)))
+        for name in sorted(names, key=len, reverse=True):
+            if monitor and monitor.startswith(f"{name}_") and monitor[len(name) + 1 :] in trainer.callback_metrics:
+                return name
+        return None
 
     # ------------------------------------------------------------------ who leads
 
@@ -233,7 +251,7 @@ class AveragingCallback(CallbackCore, Callback):
         return [callback for callback in trainer.callbacks if isinstance(callback, AveragingCallback)]
 
     def _leads(self, trainer: Trainer) -> bool:
-        return self._callbacks(trainer)[0] is self
+        return leading(self._callbacks(trainer)) is self
 
     def _all_averagers(self, trainer: Trainer) -> list[Averager]:
         return [averager for callback in self._callbacks(trainer) for averager in callback.averagers]
@@ -247,7 +265,7 @@ class _CheckpointIO(TorchCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        entries = [entry for entry in _averages(checkpoint) if isinstance(entry["state"], Averager)]
+        entries = [entry for entry in _averages(checkpoint) if isinstance(entry.get("state"), Averager)]
         if not _is_local_file_protocol(path):
             for entry in entries:
                 entry["state"] = entry["state"].state_dict()
@@ -271,7 +289,7 @@ class _CheckpointIO(TorchCheckpointIO):
         checkpoint = super().load_checkpoint(path, *args, **options)
         place = os.path.dirname(os.path.realpath(path))  # last.ckpt may be a symbolic link
         for entry in _averages(checkpoint):
-            if "folder" in entry["state"]:
+            if "folder" in entry.get("state", {}):
                 entry["state"]["folder"] = os.path.join(place, entry["state"]["folder"])
         return checkpoint
 
@@ -298,7 +316,8 @@ def load_average(checkpoint: str | os.PathLike[str], name: str | None = None) ->
 
     Args:
         checkpoint: a ``.ckpt`` file written during a run with an averaging callback.
-        name: which average; the leading one by default.
+        name: which average, or ``"online"``. By default that which was measured by the metric that
+            ``ModelCheckpoint(monitor=...)`` chose the checkpoint by, and else the leading one.
 
     Returns:
         What ``module.state_dict()`` would be with the average in the module: what is not averaged (buffers, frozen
@@ -309,16 +328,34 @@ def load_average(checkpoint: str | os.PathLike[str], name: str | None = None) ->
     """
     content = torch.load(checkpoint, map_location="cpu", weights_only=True)
     payload = content.get(KEY)
-    if payload is None:
+    averages = [] if payload is None else [n for n, entry in payload["averages"].items() if "average" in entry]
+    if not averages:
         raise ValueError(f"{os.fspath(checkpoint)}: holds no average; it was not written with an averaging callback")
-    averages = payload["averages"]
-    name = next(iter(averages)) if name is None else name
-    if name not in averages:
+    name = payload.get("chosen", averages[0]) if name is None else name
+    if name not in averages and name != ONLINE:
         raise ValueError(f"{os.fspath(checkpoint)}: holds no average {name!r}, only {', '.join(averages)}")
-    average = averages[name].get("average", {})
-    if name != payload["held"]:
-        average = {**payload.get(ONLINE, {}), **average}
-    return {**content["state_dict"], **average}
+    return {**content["state_dict"], **_stored(payload, name)}
+
+
+def _stored(payload: dict[str, Any], name: str) -> dict[str, Any]:
+    """What the weights called ``name`` differ in from the ``state_dict`` of the checkpoint they lie in."""
+    if name == payload["held"]:
+        return {}
+    return {**payload.get(ONLINE, {}), **payload["averages"].get(name, {}).get("average", {})}
+
+
+def _saving_monitor() -> str | None:
+    """The metric by which the `ModelCheckpoint` that is saving has chosen the checkpoint, if it has.
+
+    Callbacks are not told who saves, nor where. Both stand in the frames that the call came through.
+    """
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        saver, file = frame.f_locals.get("self"), frame.f_locals.get("filepath")
+        if isinstance(saver, ModelCheckpoint) and file in saver.best_k_models:
+            return saver.monitor
+        frame = frame.f_back
+    return None
 
 
 def _entries(module: LightningModule, state_dict: dict[str, Any], weights: Weights) -> dict[str, Any]:
@@ -327,20 +364,29 @@ def _entries(module: LightningModule, state_dict: dict[str, Any], weights: Weigh
     return {key: weights[first[key]] for key in state_dict if first.get(key) in weights}
 
 
-def _holds(module: LightningModule, averager: Averager) -> bool:
+def _holds(module: LightningModule, average: Average | None) -> bool:
     """Whether ``module`` holds the average, bit for bit."""
-    if not averager.ready:
+    if average is None or not average.ready:
         return False
     own = named_weights(module, frozen=True, buffers=True)
-    return all(torch.equal(own[name].cpu(), t.cpu()) for name, t in averager.average(rounded=True).items())
+    return all(torch.equal(own[name].cpu(), t.cpu()) for name, t in average.average(rounded=True).items())
 
 
-def _validate_again(trainer: Any, prefix: str) -> None:
+class _SameNumbers(Callback):
+    """Lets a validation draw the random numbers that the one before drew: what is compared differs in nothing else."""
+
+    def __init__(self, rewind: Callable[[], None]) -> None:
+        self.on_validation_start = lambda *_: rewind()  # type: ignore[method-assign]
+
+
+def _validate_again(trainer: Any, prefix: str, rewind: Callable[[], None]) -> None:
     """Run the validation of ``fit`` once more on the model as it is, and log its metrics under ``prefix``.
 
     A loop of its own beside the trainer's, so that progress, results and the random state of the run stay what they
     are; the other callbacks have seen this validation once and do not see it again.
     """
+    bring_back = random_state()
+    trainer._logger_connector.reset_results()  # torchmetrics lie in the module and would go on counting
     epoch_loop, connector = trainer.fit_loop.epoch_loop, trainer._logger_connector
     own = epoch_loop.val_loop
     again = _EvaluationLoop(
@@ -364,12 +410,12 @@ def _validate_again(trainer: Any, prefix: str) -> None:
     }
     callbacks, loggers = trainer.callbacks, trainer.loggers
     try:
-        epoch_loop.val_loop, trainer.callbacks, trainer.loggers = again, [], [DummyLogger()]
+        epoch_loop.val_loop, trainer.callbacks, trainer.loggers = again, [_SameNumbers(rewind)], [DummyLogger()]
         connector.reset_metrics()
-        with isolate_rng():
-            again.run()
+        again.run()
         metrics, logged = connector._callback_metrics, connector._logged_metrics
     finally:
+        bring_back()
         epoch_loop.val_loop, trainer.callbacks, trainer.loggers = own, callbacks, loggers
         for attribute, value in kept.items():
             setattr(connector, attribute, value)

@@ -15,12 +15,12 @@ import inspect
 import math
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections import defaultdict
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from averaging.apply import applied, load_into
@@ -35,7 +35,10 @@ from averaging.callbacks import (
     PostHocEMASettings,
     SWASettings,
     TrajectorySettings,
-    require_different_names,
+    by_name,
+    home,
+    leading,
+    random_state,
 )
 
 __all__ = ["BEMA", "EMA", "LAWA", "SWA", "AveragingCallback", "PostHocEMA", "Trajectory"]
@@ -45,12 +48,13 @@ class AveragingCallback(CallbackCore, TrainerCallback):
     """Keeps averages of the weights during `transformers.Trainer.train`.
 
     - Every evaluation and prediction until training ends measures the average. With ``evaluate="both"`` the online
-      weights' metrics are logged beside it: ``eval_loss`` is the average's and ``eval_online_loss`` theirs.
+      weights' metrics are logged beside it: ``eval_loss`` is the average's and ``eval_online_loss`` theirs. With
+      ``evaluate="all"`` those of each further average are, too: ``eval_ema_loss``.
     - ``checkpoint-500/lawa`` holds the average, a folder that `from_pretrained` opens, and the state to resume from.
       With ``checkpoint="average"``, ``checkpoint-500`` itself holds the average and ``checkpoint-500/online`` the
       weights being trained.
-    - When training ends the model holds the average; with ``load_best_model_at_end`` that of the best checkpoint,
-      which is what was measured. The online weights are in the last checkpoint.
+    - When training ends the model holds the average; with ``load_best_model_at_end`` that of the best checkpoint, or
+      whatever else ``metric_for_best_model`` measured. The online weights are in the last checkpoint.
 
     Several of these callbacks in one run work together: the first one leads.
     """
@@ -72,7 +76,7 @@ class AveragingCallback(CallbackCore, TrainerCallback):
         trainer, checkpoint = _running_trainer(self, args, state)
         callbacks = [other for other in trainer.callback_handler.callbacks if isinstance(other, AveragingCallback)]
         averagers = [averager for callback in callbacks for averager in callback.averagers]
-        require_different_names(averagers)
+        names = [*by_name(averagers)]
         if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
             raise ValueError(
                 "averaging under DeepSpeed and FSDP is not supported: train with DDP, or average the saved "
@@ -84,19 +88,19 @@ class AveragingCallback(CallbackCore, TrainerCallback):
         for averager in self.averagers:
             averager.prepare(state.max_steps, steps_per_epoch)
             averager.reset(state.global_step, state.epoch or 0.0)
-        if self is callbacks[0]:
-            if checkpoint:
-                self._restore_online(trainer, checkpoint, averagers)
+        if self is callbacks[0] and checkpoint:
+            _restore_online(trainer, checkpoint, names)
+        if self is (leader := leading(callbacks)):
             if args.should_save:
                 for averager in averagers:
                     averager.keep_template(lambda folder: trainer.save_model(str(folder), _internal_call=True))
             self._attach(trainer, averagers)
         else:
-            self.warn_ignored(averagers[0])
+            self.warn_ignored(leader)
         if checkpoint:
             for averager in self.averagers:
                 try:
-                    averager.load(checkpoint / averager.name)
+                    averager.load(checkpoint / home(averager))
                 except FileNotFoundError as error:
                     self.missing_state(averager, str(checkpoint), error)
         for averager in self.averagers:
@@ -127,16 +131,32 @@ class AveragingCallback(CallbackCore, TrainerCallback):
         self._training = False
         if self._detach is None:
             return
-        self._detach()
-        model, averager = kwargs["model"], self.averager
+        averagers = self._detach()
         if args.load_best_model_at_end and state.best_model_checkpoint:
-            if self.evaluate == "online" or _is_online(args.metric_for_best_model or ""):
-                return  # the online weights were measured, and those Trainer has just loaded
-            averager.load(Path(state.best_model_checkpoint) / averager.name)
-        if averager.ready:
-            load_into(model, averager)
-        else:
-            self.warn_no_average()
+            trainer, _ = _running_trainer(self, args, state)
+            best, names = Path(state.best_model_checkpoint), [*by_name(averagers)]
+            _restore_online(trainer, best, names)
+            if (chosen := self._chosen_by(trainer, names)) != ONLINE:
+                averager = next(averager for averager in averagers if chosen in averager.views())
+                averager.load(best / home(averager))
+                load_into(trainer.model, averager.views()[chosen])
+        elif self.average is not None:
+            load_into(kwargs["model"], self.average)
+            if not self.average.ready:
+                self.warn_no_average()
+
+    def _chosen_by(self, trainer: Trainer, names: list[str]) -> str:
+        """The weights that ``metric_for_best_model`` measured: the name of an average, or ``"online"``."""
+        metric = (trainer.args.metric_for_best_model or "").removeprefix("eval_")
+        sets = trainer.eval_dataset if isinstance(trainer.eval_dataset, dict) else ()
+        for data in sorted(sets, key=len, reverse=True):
+            if metric.startswith(f"{data}_"):
+                metric = metric.removeprefix(f"{data}_")
+                break
+        for name in sorted(self.beside(names), key=len, reverse=True):
+            if metric.startswith(f"{name}_"):
+                return name
+        return ONLINE if self.evaluate == "online" else self.leader
 
     # ------------------------------------------------------------------ around the trainer's methods
 
@@ -144,20 +164,26 @@ class AveragingCallback(CallbackCore, TrainerCallback):
         if self._detach is not None:
             self._detach()  # the run before ended with an exception
         evaluation_loop, save_model = trainer.evaluation_loop, trainer.save_model
+        signature, averages = inspect.signature(evaluation_loop), by_name(averagers)
+
+        def holding(name: str) -> AbstractContextManager[Any]:
+            return nullcontext() if name == ONLINE else applied(trainer.model, averages[name])
 
         @functools.wraps(evaluation_loop)
         def evaluate(*args: Any, **kwargs: Any) -> Any:
             _enter_eval(trainer.optimizer)
-            with nullcontext() if self.evaluate == "online" else applied(trainer.model, self.averager):
-                output = evaluation_loop(*args, **kwargs)
-            if self.evaluate == "both":
-                call = inspect.signature(evaluation_loop).bind(*args, **kwargs)
+            rewind = random_state()
+            metrics: dict[str, float] = {}
+            for name in self.beside(averages):
+                call = signature.bind(*args, **kwargs)
                 call.apply_defaults()
-                call.arguments["metric_key_prefix"] += f"_{ONLINE}"
-                with _random_state_kept():
-                    online = evaluation_loop(*call.args, **call.kwargs)
-                metrics = online.metrics.items()
-                output.metrics.update({k: v for k, v in metrics if not k.endswith("_model_preparation_time")})
+                call.arguments["metric_key_prefix"] += f"_{name}"
+                with holding(name):
+                    metrics.update(_measure(trainer, evaluation_loop, call))
+                rewind()
+            with holding(ONLINE if self.evaluate == "online" else self.leader):
+                output = evaluation_loop(*args, **kwargs)
+            output.metrics.update(metrics)
             return output
 
         @functools.wraps(save_model)
@@ -165,33 +191,28 @@ class AveragingCallback(CallbackCore, TrainerCallback):
             if not (_internal_call and output_dir and trainer.args.should_save):
                 save_model(output_dir, _internal_call=_internal_call, **kwargs)
                 return
-            lead = self.averager if self.checkpoint == "average" else None
-            with applied(trainer.model, lead) if lead else nullcontext():
+            lead = self.leader if self.checkpoint == "average" else ONLINE
+            with holding(lead):
                 save_model(output_dir, _internal_call=True, **kwargs)
-            if lead:
+            if lead != ONLINE:
                 with replacing(Path(output_dir) / ONLINE) as folder:
                     save_model(str(folder), _internal_call=True, **kwargs)
             for averager in averagers:
-                with averager.saving(Path(output_dir) / averager.name) as folder:
-                    if averager is not lead and averager.averages:
-                        with applied(trainer.model, averager):
-                            save_model(str(folder), _internal_call=True, **kwargs)
+                for name in averager.views() or [averager.name]:
+                    # The state lies with the first one.
+                    saving = averager.saving if name == home(averager) else replacing
+                    with saving(Path(output_dir) / name) as folder:
+                        if name in averages and name != lead:
+                            with holding(name):
+                                save_model(str(folder), _internal_call=True, **kwargs)
 
-        def detach() -> None:
+        def detach() -> list[Averager]:
             trainer.evaluation_loop, trainer.save_model = evaluation_loop, save_model
             self._detach = None
+            return averagers
 
         trainer.evaluation_loop, trainer.save_model = evaluate, save
         self._detach = detach
-
-    def _restore_online(self, trainer: Any, checkpoint: Path, averagers: list[Averager]) -> None:
-        """Undo what Trainer's own resuming makes of the folders that lie in a checkpoint beside the model."""
-        if (checkpoint / ONLINE).is_dir():
-            trainer._load_from_checkpoint(str(checkpoint / ONLINE))
-        for name in (ONLINE, *(averager.name for averager in averagers)):
-            # An average of a PEFT adapter is an adapter in a sub-folder, and Trainer loads all of those.
-            if name in getattr(trainer.model, "peft_config", {}) and (checkpoint / name).is_dir():
-                trainer.model.delete_adapter(name)
 
 
 def _running_trainer(
@@ -218,6 +239,35 @@ def _running_trainer(
     return trainer, Path(checkpoint) if checkpoint else None
 
 
+def _restore_online(trainer: Any, checkpoint: Path, names: Iterable[str]) -> None:
+    """Load what was trained, where Trainer has loaded what it takes the checkpoint and the folders in it for."""
+    if (checkpoint / ONLINE).is_dir():
+        trainer._load_from_checkpoint(str(checkpoint / ONLINE))
+    for name in (ONLINE, *names):
+        # An average of a PEFT adapter is an adapter in a sub-folder, and Trainer loads all of those.
+        if name in getattr(trainer.model, "peft_config", {}) and (checkpoint / name).is_dir():
+            trainer.model.delete_adapter(name)
+
+
+def _measure(trainer: Any, evaluation_loop: Any, call: inspect.BoundArguments) -> dict[str, float]:
+    """The metrics of one more evaluation, of which the trainer keeps no trace."""
+    # TRL's trainers collect further metrics in these until they log, and would mix those of several evaluations.
+    kept = {name: getattr(trainer, name) for name in ("_metrics", "_stored_metrics") if hasattr(trainer, name)}
+    own: dict[str, Any] = {name: defaultdict(lambda: defaultdict(list)) for name in kept}
+    vars(trainer).update(own)
+    try:
+        output = evaluation_loop(*call.args, **call.kwargs)
+    finally:
+        vars(trainer).update(kept)
+    prefix = call.arguments["metric_key_prefix"]
+    metrics = {f"{prefix}_{k}": sum(v) / len(v) for metrics in own.values() for k, v in metrics["eval"].items()}
+    return {
+        name: value
+        for name, value in {**metrics, **output.metrics}.items()
+        if not name.endswith("_model_preparation_time")
+    }
+
+
 def _length(dataloader: Any) -> int | None:
     try:
         return len(dataloader)
@@ -225,22 +275,10 @@ def _length(dataloader: Any) -> int | None:
         return None
 
 
-def _is_online(metric: str) -> bool:
-    return ONLINE in metric.split("_")
-
-
 def _enter_eval(optimizer: Any) -> None:
     """Let a schedule-free optimizer put its weights into the model before they are set aside, not after."""
     if callable(enter := getattr(optimizer, "eval", None)):
         enter()
-
-
-@contextmanager
-def _random_state_kept() -> Iterator[None]:
-    """A second evaluation must not change the training that follows."""
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices=devices):
-        yield
 
 
 class BEMA(BEMASettings, AveragingCallback):

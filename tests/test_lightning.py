@@ -5,16 +5,19 @@ from __future__ import annotations
 import copy
 import csv
 import pickle
+import random
 import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 pytest.importorskip("lightning.pytorch")
 
+import torchmetrics
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
@@ -347,6 +350,28 @@ def test_every_epoch(tmp_path: Path) -> None:
     assert close(dict(swa.average()), recorder.mean(8, 12))
 
 
+class Unsized(Regression):
+    """Its training data does not tell its length."""
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        class Stream(torch.utils.data.IterableDataset[int]):
+            def __iter__(self) -> Any:
+                return iter(range(BATCHES))
+
+        return DataLoader(Stream())
+
+
+def test_every_epoch_of_data_without_length(tmp_path: Path) -> None:
+    lawa, swa = averaging.LAWA(k=2, every="epoch"), averaging.SWA(start="2 epochs")
+    _, module, recorder = fit(tmp_path, AveragingCallback(lawa, swa, evaluate="all"), module=Unsized())
+    assert lawa.absorbed == EPOCHS
+    assert same(dict(lawa.average()), recorder.mean(8, 12))
+    assert close(dict(swa.average()), recorder.mean(8, 12))
+    measured = [metrics["val_loss"] for metrics in recorder.measured]
+    expected = [recorder.online[4], recorder.mean(4, 8), recorder.mean(8, 12)]
+    assert measured == pytest.approx([validation_loss(weights, module) for weights in expected], rel=1e-6)
+
+
 def test_the_default_window_is_one_percent_of_the_run(tmp_path: Path) -> None:
     callback = LAWA(k=2)
     fit(tmp_path, callback, max_steps=400, epochs=-1, limit_val_batches=0)
@@ -381,11 +406,12 @@ def test_validation_of_the_online_weights(tmp_path: Path) -> None:
     assert measured == pytest.approx([validation_loss(recorder.online[s], module) for s in (4, 8, 12)], rel=1e-6)
 
 
-@pytest.mark.parametrize("evaluate", ["average", "online", "both"])
+@pytest.mark.parametrize("evaluate", ["average", "online", "both", "all"])
 def test_training_is_what_it_is_without_the_callback(evaluate: Any, tmp_path: Path) -> None:
     options: dict[str, Any] = {"num_sanity_val_steps": 1, "val_check_interval": 2}
     _, _, without = fit(tmp_path, module=Regression(dropout=0.3), **options)
-    _, _, recorder = fit(tmp_path, LAWA(k=2, every=1, evaluate=evaluate), module=Regression(dropout=0.3), **options)
+    callbacks = LAWA(k=2, every=1, evaluate=evaluate), EMA(0.8)
+    _, _, recorder = fit(tmp_path, *callbacks, module=Regression(dropout=0.3), **options)
     assert same(recorder.online, without.online)
     assert recorder.validated_at == without.validated_at, "other callbacks see each validation once"
 
@@ -404,6 +430,61 @@ def test_both_are_logged(tmp_path: Path) -> None:
         assert [value for _, value in logged] == pytest.approx(expected, rel=1e-6)
         assert [step for step, _ in logged] == [3, 7, 11]
     assert {"val_loss", "online_val_loss"} <= trainer.callback_metrics.keys()
+
+
+def test_all_are_logged(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path)
+    callbacks = AveragingCallback(averaging.LAWA(k=2, every=2), averaging.EMA(0.8), evaluate="all"), SWA(9, every=1)
+    _, module, recorder = fit(tmp_path, *callbacks, logger=logger)
+    expected: dict[str, list[Weights]] = {"": [], "online_": [], "ema_": [], "swa_": []}
+    for step in (4, 8, 12):
+        seen = Recorder()
+        seen.online = {t: weights for t, weights in recorder.online.items() if t <= step}
+        expected[""].append(seen.mean(step - 2, step))
+        expected["online_"].append(seen.last)
+        expected["ema_"].append({name: tensor.float() for name, tensor in ema(seen, 0.8).items()})
+        expected["swa_"].append(seen.mean(*range(9, step + 1)) if step >= 9 else seen.last)
+    with (Path(logger.log_dir) / "metrics.csv").open() as file:
+        rows = [*csv.DictReader(file)]
+    for prefix, weights in expected.items():
+        name, losses = f"{prefix}val_loss", [validation_loss(average, module) for average in weights]
+        assert [metrics[name] for metrics in recorder.measured] == pytest.approx(losses, rel=1e-6)
+        assert [float(row[name]) for row in rows if row[name]] == pytest.approx(losses, rel=1e-6)
+
+
+class Noisy(Regression):
+    """Logs what depends on all random generators, and torchmetrics objects that live in the module."""
+
+    def __init__(self) -> None:
+        super().__init__(dropout=0.3)
+        random.seed(0)
+        np.random.seed(0)
+        self.error, self.manual = torchmetrics.MeanSquaredError(), torchmetrics.MeanSquaredError()
+
+    def validation_step(self, _: Any, batch_idx: int) -> None:
+        self.log("draw", torch.rand(()) + random.random() + float(np.random.rand()), batch_size=8)
+        x, y = batch(-1 - batch_idx)
+        self.error(self.net(x), y)
+        self.manual.update(self.net(x), y)
+        self.log("error", self.error, batch_size=8)
+        self.log("val_loss", self.loss(x, y), batch_size=8)
+
+    def on_validation_epoch_end(self) -> None:
+        self.log("manual", self.manual.compute())
+        self.manual.reset()
+
+
+def test_all_are_measured_on_the_same_numbers_and_count_for_themselves(tmp_path: Path) -> None:
+    callbacks = AveragingCallback(averaging.LAWA(k=2, every=1), averaging.EMA(0.8), evaluate="all")
+    _, _, recorder = fit(tmp_path, callbacks, module=Noisy())
+    _, _, plain = fit(tmp_path, module=Noisy())
+    for measured, alone in zip(recorder.measured, plain.measured, strict=True):
+        assert {measured[f"{prefix}draw"] for prefix in ("", "online_", "ema_")} == {alone["draw"]}
+        for prefix in ("", "online_", "ema_"):
+            for name in ("error", "manual"):
+                assert measured[f"{prefix}{name}"] == pytest.approx(measured[f"{prefix}val_loss"], rel=1e-5)
+        assert measured["online_error"] == alone["error"]
+        assert measured["error"] != alone["error"]
 
 
 @pytest.mark.parametrize(("error", "raised"), [(RuntimeError, RuntimeError), (KeyboardInterrupt, SystemExit)])
@@ -477,6 +558,65 @@ def test_the_best_checkpoint_is_what_was_measured(checkpoint: Any, evaluate: Any
     [metrics] = trainer.validate(module, ckpt_path="best", verbose=False)
     assert metrics["val_loss"] == lowest
     assert same(weights_of(module), load_average(best.best_model_path))
+
+
+MONITORS = {"val_loss": "lawa", "online_val_loss": "online", "slow_ema_val_loss": "slow_ema"}
+
+
+@pytest.mark.parametrize("checkpoint", ["online", "average"])
+@pytest.mark.parametrize("monitor", MONITORS)
+def test_the_best_checkpoint_is_chosen_by_any_of_them(checkpoint: Any, monitor: str, tmp_path: Path) -> None:
+    best = ModelCheckpoint(tmp_path, monitor=monitor, mode="max", filename="{step}", save_last=True)
+    averagers = averaging.LAWA(k=2, every=1), averaging.EMA(0.8, name="slow_ema")
+    callback = AveragingCallback(*averagers, checkpoint=checkpoint, evaluate="all")
+    trainer, module, recorder = fit(tmp_path, callback, best)
+    highest = max(metrics[monitor] for metrics in recorder.measured)
+    assert float(best.best_model_score) == highest
+    [metrics] = trainer.validate(module, ckpt_path="best", verbose=False)
+    assert metrics["val_loss"] == highest
+    renamed = tmp_path / "renamed.ckpt"
+    Path(best.best_model_path).rename(renamed)
+    assert same(weights_of(module), load_average(renamed))
+    assert same(weights_of(module), load_average(renamed, MONITORS[monitor]))
+    assert same(load_average(tmp_path / "last.ckpt"), recorder.mean(11, 12)), "chosen by no metric"
+    assert same(load_average(tmp_path / "last.ckpt", "online"), recorder.last)
+
+
+class Windows(averaging.LAWA):
+    """Two averages from one ring: the latest snapshot alone, and the mean of all."""
+
+    def views(self) -> Any:
+        return {"latest": Latest(self), "mean": self}
+
+
+class Latest:
+    def __init__(self, ring: Windows) -> None:
+        self.ring = ring
+
+    @property
+    def ready(self) -> bool:
+        return self.ring.ready
+
+    def average(self, *, rounded: bool = False) -> Any:
+        return list(self.ring.tensors().values())[-1]
+
+
+def test_an_averager_of_several_averages(tmp_path: Path) -> None:
+    straight = AveragingCallback(Windows(k=3, every=2), evaluate="all")
+    _, module, recorder = fit(tmp_path, straight, every_step(tmp_path))
+    assert same(weights_of(module), recorder.last)
+    measured = recorder.measured[-1]
+    assert measured["val_loss"] == measured["online_val_loss"]
+    assert measured["mean_val_loss"] == pytest.approx(validation_loss(recorder.mean(8, 10, 12), module), rel=1e-6)
+    file = tmp_path / "step=9.ckpt"
+    assert same(load_average(file), recorder.online[8])
+    assert same(load_average(file, "mean"), recorder.mean(4, 6, 8))
+    resumed = AveragingCallback(Windows(k=3, every=2), evaluate="all")
+    _, other, _ = fit(tmp_path, resumed, module=Regression(seed=1), ckpt_path=file)
+    assert same(weights_of(other), weights_of(module))
+    assert same(state(resumed), state(straight))
+    with pytest.raises(ValueError, match="2 averages are named 'mean'"):
+        AveragingCallback(Windows(k=3, every=2), averaging.EMA(0.9, name="mean"))
 
 
 # ---------------------------------------------------------------------- resuming

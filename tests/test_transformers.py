@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import pickle
+import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -263,6 +265,137 @@ def test_best_model_is_what_was_measured(tmp_path):
     )  # fmt: skip
     run.train()
     assert run.evaluate()["eval_loss"] == run.state.best_metric
+
+
+def noisy(prediction) -> dict[str, float]:
+    """A metric that depends on all random generators."""
+    return {"draw": torch.rand(1).item() + random.random() + float(np.random.rand())}
+
+
+def dropping_model() -> LlamaForCausalLM:
+    model = tiny_model()
+    model.config.attention_dropout = model.model.layers[0].self_attn.attention_dropout = 0.3
+    return model
+
+
+def test_all_averages_are_evaluated_and_training_stays_what_it_is(tmp_path):
+    plain, recorder = trainer(tmp_path / "a", [], dropping_model()), Recorder()
+    plain.compute_metrics = noisy
+    plain.train()
+    lawa, ema, swa = averaging.LAWA(k=2, every=2), averaging.EMA(0.8, name="slow_ema"), averaging.SWA(9, every=1)
+    callbacks = [AveragingCallback(lawa, ema, evaluate="all"), AveragingCallback(swa), recorder]
+    run = trainer(tmp_path / "b", callbacks, dropping_model())
+    run.compute_metrics = noisy
+    run.train()
+    assert_equal(recorder.weights[12], snapshot(plain.model))
+    before = {entry["step"]: entry for entry in plain.state.log_history if "eval_loss" in entry}
+    for entry in run.state.log_history:
+        if "eval_loss" not in entry:
+            continue
+        step, online = entry["step"], recorder.weights[entry["step"]]
+        slow = {n: w.double() for n, w in recorder.weights[1].items()}
+        for t in range(2, step + 1):
+            slow = {n: 0.8 * e + 0.2 * recorder.weights[t][n].double() for n, e in slow.items()}
+        late = mean64([recorder.weights[t] for t in range(9, step + 1)]) if step >= 9 else online
+        averages = {"": mean64([recorder.weights[t] for t in (step - 2, step)]), "online_": online}
+        averages |= {"slow_ema_": {n: w.float() for n, w in slow.items()}, "swa_": late}
+        for prefix, weights in averages.items():
+            assert entry[f"eval_{prefix}loss"] == pytest.approx(loss_of(weights), rel=1e-5)
+            assert entry[f"eval_{prefix}draw"] == before[step]["eval_draw"], "all are measured on the same numbers"
+
+
+@pytest.mark.parametrize("checkpoint", ["online", "average"])
+@pytest.mark.parametrize("metric", ["loss", "eval_online_loss", "swa_loss", "one_ema_loss", "online_online_loss"])
+def test_the_best_model_is_chosen_by_any_of_them_and_is_what_was_measured(tmp_path, metric, checkpoint):
+    averages = averaging.LAWA(k=2, every=2), averaging.EMA(0.8), averaging.SWA(9, every=1)
+    run = trainer(
+        tmp_path, AveragingCallback(*averages, evaluate="all", checkpoint=checkpoint), load_best_model_at_end=True,
+        metric_for_best_model=metric, greater_is_better=True, learning_rate=0.1,
+    )  # fmt: skip
+    sets = {"one": sequences(8, 2), "online": sequences(8, 3)}
+    if metric.startswith(("one_", "online_online")):
+        run.eval_dataset = sets
+    run.train()
+    data = sets["online"] if metric == "online_online_loss" else sequences(8, 2)
+    assert run.state.best_global_step < 12
+    assert run.evaluate(data)["eval_loss"] == run.state.best_metric
+
+
+class Windows(averaging.LAWA):
+    """Two averages from one ring: the latest snapshot alone, and the mean of all."""
+
+    def views(self):
+        return {"latest": Latest(self), "mean": self}
+
+
+class Latest:
+    def __init__(self, ring: Windows) -> None:
+        self.ring = ring
+
+    @property
+    def ready(self) -> bool:
+        return self.ring.ready
+
+    def average(self, *, rounded: bool = False):
+        return list(self.ring.tensors().values())[-1]
+
+
+def test_an_averager_of_several_averages(tmp_path):
+    straight, recorder = Windows(k=3, every=2), Recorder()
+    run = trainer(tmp_path / "a", [AveragingCallback(straight, evaluate="all"), recorder], steps=16)
+    run.train()
+    assert_equal(snapshot(run.model), recorder.weights[16])
+    folder = tmp_path / "a" / "checkpoint-8"
+    for name, steps in (("latest", [8]), ("mean", [4, 6, 8])):
+        weights = mean64([recorder.weights[t] for t in steps])
+        assert_equal(snapshot(AutoModelForCausalLM.from_pretrained(folder / name)), weights)
+    assert (folder / "latest" / "averaging.json").exists()
+    assert not (folder / "mean" / "averaging.json").exists()
+    measured = next(entry for entry in run.state.log_history if entry["step"] == 8 and "eval_loss" in entry)
+    assert measured["eval_loss"] == measured["eval_online_loss"]
+    assert measured["eval_mean_loss"] == pytest.approx(loss_of(weights), rel=1e-5)
+
+    resumed = Windows(k=3, every=2)
+    options = {"load_best_model_at_end": True, "metric_for_best_model": "mean_loss", "greater_is_better": False}
+    run = trainer(tmp_path / "a", [AveragingCallback(resumed, evaluate="all")], steps=16, **options)
+    run.train(resume_from_checkpoint=str(folder))
+    assert run.evaluate()["eval_loss"] == run.state.best_metric
+    assert run.state.best_global_step < 16
+    resumed.load(tmp_path / "a" / "checkpoint-16" / "latest")
+    assert_equal(dict(resumed.average()), dict(straight.average()))
+    with pytest.raises(ValueError, match="named 'mean'"):
+        trainer(tmp_path / "b", [AveragingCallback(straight, averaging.EMA(0.9, name="mean"))]).train()
+
+
+def test_the_metrics_of_trls_trainers_are_kept_apart(tmp_path):
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    tokenizers = pytest.importorskip("tokenizers")
+    from transformers import PreTrainedTokenizerFast
+
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(32)}, unk_token="w0"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w1", pad_token="w2")
+    texts = datasets.Dataset.from_list([{"text": " ".join(f"w{t}" for t in s["input_ids"])} for s in sequences(16, 1)])
+
+    def logged(folder, callbacks):
+        config = trl.SFTConfig(
+            output_dir=str(folder), max_steps=4, learning_rate=0.1, eval_strategy="steps", eval_steps=2, use_cpu=True,
+            save_strategy="no", report_to="none", disable_tqdm=True, bf16=False, gradient_checkpointing=False,
+            per_device_train_batch_size=4, seed=1,
+        )  # fmt: skip
+        run = trl.SFTTrainer(
+            tiny_model(), config, train_dataset=texts, eval_dataset=texts, processing_class=tokenizer,
+            callbacks=callbacks,
+        )  # fmt: skip
+        run.train()
+        return [entry for entry in run.state.log_history if "eval_loss" in entry]
+
+    plain = logged(tmp_path / "a", [])
+    both = logged(tmp_path / "b", [AveragingCallback(averaging.EMA(0.5), evaluate="both")])
+    for one, other in zip(plain, both, strict=True):
+        for metric in ("loss", "entropy", "mean_token_accuracy"):
+            assert other[f"eval_online_{metric}"] == one[f"eval_{metric}"]
+        assert other["eval_entropy"] != one["eval_entropy"]
 
 
 def test_several_callbacks_and_duplicate_names(tmp_path):

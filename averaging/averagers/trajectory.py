@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,6 +20,7 @@ from averaging.schedule import Length, Run, Span
 from averaging.trail import Trail
 
 if TYPE_CHECKING:
+    from averaging.averager import Average
     from averaging.weights import Weights
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -49,8 +50,6 @@ class Trajectory(Averager):
     Raises:
         ValueError: another dtype.
     """
-
-    averages: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -83,6 +82,9 @@ class Trajectory(Averager):
 
     def average(self, *, rounded: bool = False) -> Weights:
         self._require_average()
+        return {}
+
+    def views(self) -> Mapping[str, Average]:
         return {}
 
     def tensors(self) -> Mapping[str, Weights]:
