@@ -92,7 +92,8 @@ def _pair(model: nn.Module, weights: Average | Weights) -> Mapping[str, tuple[Te
 def _write(pairs: Collection[tuple[Tensor, Tensor]]) -> None:
     for target, source in pairs:
         if source.dtype == torch.float64 and target.dtype != source.dtype:
-            source = round_into(torch.empty_like(source, dtype=target.dtype), source)
+            wide, source = source, torch.empty_like(source, dtype=target.dtype)
+            round_into(source, wide)
         target.copy_(source)
 
 

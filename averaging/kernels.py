@@ -42,37 +42,63 @@ def _wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float64)
 
 
-# Of each half format: its significant bits, and the exponents of its smallest and largest normal numbers.
-_HALF_FORMAT = {torch.bfloat16: (8, -126, 127), torch.float16: (11, -14, 15)}
+# Of each half format: its significant bits, the exponents of its smallest and largest normal numbers, and the bits of
+# its exponent and of the smallest exponent but one.
+_HALF_FORMAT = {torch.bfloat16: (8, -126, 127, 0x7F80, 0x0100), torch.float16: (11, -14, 15, 0x7C00, 0x0800)}
 
 
-def round_into(out: Tensor, wide: Tensor, spare: Tensor | None = None) -> Tensor:
-    """Round float64 ``wide`` into ``out``'s dtype: to nearest, ties to even, in one rounding.
+def round_into(out: Tensor, wide: Tensor, *, scale: float = 1.0, spare: Tensor | None = None) -> bool:
+    """Round float64 ``wide`` times ``scale`` into ``out``'s dtype: to nearest, ties to even, in one rounding.
 
     ``out.copy_(wide)`` rounds float64 → float32 → half, and a value next to a midpoint of two half
     numbers may first be rounded onto the midpoint and then to the wrong side. So it is rounded to the
-    half format's precision within float64 first, by adding and subtracting a number so large that just
-    these bits survive the addition; the copy is then exact. (A zero comes out positive.)
+    half format's precision within float64 first; the copy is then exact.
 
     Args:
         out: where the result goes.
-        wide: float64, or complex128 for a complex result; on ``out``'s device.
-        spare: a tensor like ``wide``. With it no memory is allocated, but ``wide`` is overwritten.
+        wide: float64, or complex128 for a complex result; on ``out``'s device. Left as it is.
+        scale: a power of two.
+        spare: a tensor like ``wide``; with it no memory is allocated, save for uncommon values.
+
+    Returns:
+        True if ``out`` is known to be finite.
     """
     if out.is_complex():
-        round_into(torch.view_as_real(out), torch.view_as_real(wide))
-        return out
+        return round_into(torch.view_as_real(out), torch.view_as_real(wide), scale=scale)
+    if spare is None:
+        spare = torch.empty_like(wide)
     if out.dtype not in HALF:
-        return out.copy_(wide)
-    power, rounded = (torch.empty_like(wide), torch.empty_like(wide)) if spare is None else (spare, wide)
-    bits, lowest, highest = _HALF_FORMAT[out.dtype]
+        out.copy_(wide if scale == 1 else torch.mul(wide, scale, out=spare))
+        return False
+    if out.device.type == "cpu" and out.numel():
+        # Like Veltkamp's split (Dekker 1971): w (2ˢ − 1), which is rounded to 53 bits, is w 2ˢ less w rounded to 53 − s
+        # bits. Near the ends of the format's range it has fewer bits than that, which the result shows.
+        bits, _, _, mask, second = _HALF_FORMAT[out.dtype]
+        torch.mul(wide, (1 - 2.0 ** (53 - bits)) * scale, out=spare)
+        out.copy_(spare.add_(wide, alpha=2.0 ** (53 - bits) * scale))
+        bits16, scratch = out.view(torch.int16).reshape(-1), spare.reshape(-1).view(torch.int16)[: out.numel()]
+        low, high = torch.bitwise_and(bits16, mask, out=scratch).aminmax()
+        common = low.item() >= second
+        if not common:  # zeros are common as well
+            common = torch.sub(bits16, 1, out=scratch).bitwise_and_(0x7FFF).amin().item() >= second - 1
+        if common and high.item() < mask:
+            return True
+    _round_any_into(out, wide * scale)
+    return False
+
+
+def _round_any_into(out: Tensor, wide: Tensor) -> None:
+    """`round_into` a half format for any values: adds and subtracts a number so large that just the right bits survive.
+
+    (A zero comes out positive.)
+    """
+    bits, lowest, highest, _, _ = _HALF_FORMAT[out.dtype]
     # 2**exponent of each value. Below `lowest` the format's spacing stays what it is there; above
     # `highest` all becomes infinite, and an infinite addend would make it NaN.
-    torch.bitwise_and(wide.view(torch.int64), 0x7FF0000000000000, out=power.view(torch.int64))
+    power = torch.bitwise_and(wide.view(torch.int64), 0x7FF0000000000000).view(torch.float64)
     power.clamp_(2.0**lowest, 2.0**highest * 2)
     shift = 1.5 * 2.0 ** (53 - bits)
-    torch.add(wide, power, alpha=shift, out=rounded)
-    return out.copy_(rounded.sub_(power, alpha=shift))
+    out.copy_(torch.add(wide, power, alpha=shift).sub_(power, alpha=shift))
 
 
 class Combiner:
@@ -87,7 +113,7 @@ class Combiner:
 
     def __call__(
         self, blocks: Iterable[Tensor], out: Tensor, coefficients: Sequence[float] | None = None, divisor: float = 1.0
-    ) -> Tensor:
+    ) -> bool:
         """Combine tensors that fit the cache into ``out``.
 
         Args:
@@ -95,6 +121,9 @@ class Combiner:
             out: where the result goes; its dtype is the result's. May lie on another device.
             coefficients: one per tensor; ones if ``None``.
             divisor: what the sum is divided by.
+
+        Returns:
+            True if ``out`` is known to be finite.
         """
         blocks = iter(blocks)
         block = next(blocks)
@@ -107,13 +136,14 @@ class Combiner:
             if coefficients is not None:
                 wide *= coefficients[i]
             total += wide
-        if math.frexp(divisor)[0] == 0.5:  # a power of two: multiplying is exact too, and faster
-            total *= 1 / divisor
+        scale = 1.0
+        if math.frexp(divisor)[0] == 0.5:  # a power of two: multiplying is exact too, and takes no time
+            scale = 1 / divisor
         else:
             total /= divisor
         if out.device != total.device:
-            return round_into(out, total.to(out.device))
-        return round_into(out, total, wide)
+            return round_into(out, total.to(out.device), scale=scale)
+        return round_into(out, total, scale=scale, spare=wide)
 
     def _buffers(self, block: Tensor) -> tuple[Tensor, ...]:
         key, size = (_wide_dtype(block.dtype), block.device), block.numel()

@@ -1,5 +1,6 @@
 """Uniform and weighted soups: exact numbers, the same kind of output, in Python and from the command line."""
 
+import functools
 import json
 import math
 import subprocess
@@ -19,18 +20,25 @@ HALF = [torch.bfloat16, torch.float16]
 FLOATS = [*HALF, torch.float32, torch.float64]
 
 
+@functools.cache
+def every_number(dtype):
+    """The finite numbers of ``dtype`` in order, and as float64."""
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    every = every[torch.isfinite(every)]
+    values, order = np.unique(every.double().numpy(), return_index=True)
+    return every[torch.from_numpy(order)], values
+
+
 def nearest(wide, dtype):
     """The numbers of ``dtype`` nearest to float64 ``wide``, ties to even: a search among the neighbours."""
     if dtype not in HALF:
         return torch.from_numpy(wide).to(dtype)
-    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
-    every = every[torch.isfinite(every)]
-    values, order = np.unique(every.double().numpy(), return_index=True)
+    every, values = every_number(dtype)
     at = np.clip(np.searchsorted(values, wide), 1, len(values) - 1)
     low, high = values[at - 1], values[at]
-    even = (every[torch.from_numpy(order[at - 1])].view(torch.int16) & 1 == 0).numpy()
+    even = (every[torch.from_numpy(at - 1)].view(torch.int16) & 1 == 0).numpy()
     down, up = wide - low, high - wide  # exact: neighbours of half precision, float64 between
-    return every[torch.from_numpy(np.where((down < up) | ((down == up) & even), order[at - 1], order[at]))]
+    return every[torch.from_numpy(np.where((down < up) | ((down == up) & even), at - 1, at))]
 
 
 def random(shape, dtype, seed):
@@ -60,11 +68,31 @@ def test_rounding_is_to_the_nearest(dtype):
     beside = (middle.view(torch.int16) + 1).view(dtype)
     ties = (middle.double() + beside.double()) / 2
     hard = torch.cat([wide, ties, ties * (1 + 2.0**-52), ties * (1 - 2.0**-52), ties * (1 + 2.0**-26)])
-    out = kernels.round_into(torch.empty(len(hard), dtype=dtype), hard)
-    assert torch.equal(out, nearest(hard.numpy(), dtype))
+    assert torch.equal(rounded(hard, dtype), nearest(hard.numpy(), dtype))
     odd = torch.tensor([torch.inf, -torch.inf, torch.nan, 0.0, 1e300, -1e300], dtype=torch.float64)
     expected = torch.tensor([torch.inf, -torch.inf, torch.nan, 0.0, torch.inf, -torch.inf]).to(dtype)
-    assert torch.equal(kernels.round_into(torch.empty(6, dtype=dtype), odd).nan_to_num(7), expected.nan_to_num(7))
+    assert torch.equal(rounded(odd, dtype).nan_to_num(7), expected.nan_to_num(7))
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("scale", [1.0, 0.125])
+def test_rounding_next_to_every_number_and_midpoint(dtype, scale):
+    # Some numbers at a time: they are rounded faster where all of them are normal.
+    bits = torch.arange(-(2**15), 2**15).to(torch.int16).view(-1, 64)
+    for low in bits.view(dtype):
+        high = (low.view(torch.int16) + 1).view(dtype)
+        exact = torch.cat([low.double(), (low.double() + high.double()) / 2])
+        exact = exact[exact.isfinite()]
+        wide = torch.cat([exact * factor for factor in (1, 1 + 2.0**-52, 1 - 2.0**-53, 1 - 2.0**-52, 1 + 2.0**-30)])
+        wide /= scale
+        if len(wide):
+            assert torch.equal(rounded(wide, dtype, scale=scale), nearest(wide.numpy() * scale, dtype))
+
+
+def rounded(wide, dtype, **options):
+    out = torch.empty(len(wide), dtype=dtype)
+    kernels.round_into(out, wide, **options)
+    return out
 
 
 @pytest.mark.parametrize("dtype", FLOATS)

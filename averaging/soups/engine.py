@@ -31,9 +31,9 @@ Sink = Callable[[str, int, memoryview], None]
 Progress = Callable[[int, int], None]
 """Takes the bytes read so far and the bytes to read in all."""
 
-PIECE = 256 * 1024  # bytes of one ingredient handled at a time; also the unit of the checksum
+PIECE = 256 * 1024  # bytes of one ingredient handled at a time
 ROWS = 4  # pieces read before they are added: their checksums are computed together
-TASK = 32  # pieces that a worker takes at a time
+TASK = 32  # pieces that a worker takes at a time; also the unit of the checksum
 AVERAGED = ("bfloat16", "float16", "float32", "float64", "complex64")
 
 
@@ -128,8 +128,8 @@ class Mixer:
                     if (path := str(source.file)) not in opened:
                         opened[path] = open_regular(source.file)
                         stack.callback(os.close, opened[path])
-                pieces = -(-(sources[0].stop - sources[0].start) // PIECE)
-                digests = [bytearray(16 * pieces) for _ in sources]
+                tasks_in_all = -(-(sources[0].stop - sources[0].start) // (PIECE * TASK))
+                digests = [bytearray(32 * tasks_in_all) for _ in sources]
                 descriptors = [opened[str(source.file)] for source in sources]
                 tensors.append(_Tensor(name, self.dtypes[name], descriptors, sources, digests))
             tasks = ((t, start) for t in tensors for start in range(0, t.nbytes, PIECE * TASK))
@@ -156,9 +156,9 @@ class Mixer:
 
         Not of cryptographic strength against someone who wants a collision, but it comes at no cost. The bytes of a
         tensor, padded with zeros to whole pieces of 256 KiB, are taken piece by piece as a 256 × 128 matrix of
-        little-endian 64-bit integers; a piece's digest is the first 16 bytes of the SHA-256 of its row sums and
-        column sums (modulo 2⁶⁴), a tensor's digest is the SHA-256 of its pieces' digests, and the checksum is the
-        SHA-256 over all tensors in the order of their names: name, dtype and shape as a JSON-like line, and digest.
+        little-endian 64-bit integers. Of every 32 pieces the SHA-256 of their row sums and column sums (modulo 2⁶⁴)
+        is taken, a tensor's digest is the SHA-256 of these, and the checksum is the SHA-256 over all tensors in the
+        order of their names: name, dtype and shape as a JSON-like line, and digest.
         """
         sums = []
         for ingredient, digests in zip(self.ingredients, self._digests, strict=True):
@@ -179,50 +179,55 @@ class Mixer:
                 return
             tensor, start = task
             stop = min(start + PIECE * TASK, tensor.nbytes)
+            digests = [hashlib.sha256() for _ in tensor.sources]
             for position in range(start, stop, PIECE):
                 if self._stop.is_set():
                     return
-                self._mix(tensor, position, min(PIECE, stop - position), buffers)
+                self._mix(tensor, position, min(PIECE, stop - position), buffers, digests)
+            place = slice(start // (PIECE * TASK) * 32, (start // (PIECE * TASK) + 1) * 32)
+            for known, digest in zip(tensor.digests, digests, strict=True):
+                known[place] = digest.digest()
             with self._lock:
                 self._done += (stop - start) * len(self.ingredients)
 
-    def _mix(self, tensor: _Tensor, start: int, size: int, buffers: _Buffers) -> None:
-        rows = self._rows(tensor, start, size, buffers)
-        dtype = getattr(torch, tensor.sources[0].dtype, torch.uint8)
+    def _mix(self, tensor: _Tensor, start: int, size: int, buffers: _Buffers, digests: Sequence[hashlib._Hash]) -> None:
+        dtype = getattr(torch, tensor.sources[0].dtype) if tensor.averaged else torch.uint8
+        rows = self._rows(tensor, start, size, buffers, dtype, digests)
         if not tensor.averaged:
-            out = self._agree(tensor, rows)
-            self.sink(tensor.name, start, out.numpy().data)
+            self.sink(tensor.name, start, self._agree(tensor, rows).numpy().data)
             return
-        count = size // dtype.itemsize
         dtype_out: torch.dtype = getattr(torch, tensor.dtype)
-        raw_out = buffers.out[: count * dtype_out.itemsize]
-        out = raw_out.view(dtype_out)
-        buffers.combine((row.view(dtype) for row in rows), out, self.coefficients, self.divisor)
-        if not self.allow_nonfinite:
+        out, raw_out = buffers.result(dtype_out, size // dtype.itemsize)
+        finite = buffers.combine(rows, out, self.coefficients, self.divisor)
+        if not finite and not self.allow_nonfinite:
             # One bad number among the ingredients makes this sum bad; it may also just overflow.
             sum_ = out.sum(dtype=kernels.accumulator_dtype(dtype_out))
             if not torch.isfinite(sum_).item():
                 self._find_nonfinite(tensor, start, size, buffers, out)
-        self.sink(tensor.name, start * dtype_out.itemsize // dtype.itemsize, raw_out.numpy().data)
+        self.sink(tensor.name, start * dtype_out.itemsize // dtype.itemsize, raw_out)
 
-    def _rows(self, tensor: _Tensor, start: int, size: int, buffers: _Buffers) -> Iterator[Tensor]:
-        """The raw bytes of one piece of each ingredient in turn; the next one may overwrite the memory."""
-        piece = start // PIECE
-        for first in range(0, len(tensor.sources), ROWS):
-            count = min(ROWS, len(tensor.sources) - first)
-            for row in range(count):
-                source = tensor.sources[first + row]
-                view = buffers.views[row] if size == PIECE else buffers.views[row][:size]
-                read_into(tensor.descriptors[first + row], view, source.start + start, source.file)
-            if size < PIECE:
-                buffers.raw[:count, size:] = 0
-            matrix = buffers.matrix[:count]
-            sums = torch.cat((matrix.sum(2), matrix.sum(1)), 1).numpy()
-            for row in range(count):
-                digest = hashlib.sha256(sums[row]).digest()
-                tensor.digests[first + row][16 * piece : 16 * piece + 16] = digest[:16]
-            for row in range(count):
-                yield buffers.raw[row, :size]
+    def _rows(
+        self,
+        tensor: _Tensor,
+        start: int,
+        size: int,
+        buffers: _Buffers,
+        dtype: torch.dtype,
+        digests: Sequence[hashlib._Hash] = (),
+    ) -> Iterator[Tensor]:
+        """One piece of each ingredient in turn; the next one may overwrite the memory. Feeds ``digests`` with it."""
+        sources, descriptors = tensor.sources, tensor.descriptors
+        rows, views, matrix = buffers.pieces(dtype, size)
+        for first in range(0, len(sources), ROWS):
+            count = min(ROWS, len(sources) - first)
+            for i in range(count):
+                source = sources[first + i]
+                read_into(descriptors[first + i], views[i], source.start + start, source.file)
+            if digests:
+                sums = torch.cat((matrix.sum(2), matrix.sum(1)), 1).numpy()
+                for i in range(count):
+                    digests[first + i].update(sums[i])
+            yield from rows[:count]
 
     def _agree(self, tensor: _Tensor, rows: Iterator[Tensor]) -> Tensor:
         """A piece that is not averaged: the same in all ingredients, or the last one's."""
@@ -243,8 +248,7 @@ class Mixer:
     def _find_nonfinite(self, tensor: _Tensor, start: int, size: int, buffers: _Buffers, out: Tensor) -> None:
         finite = torch.isfinite(out)
         dtype = getattr(torch, tensor.sources[0].dtype)
-        for number, row in enumerate(self._rows(tensor, start, size, buffers)):
-            values = row.view(dtype)
+        for number, values in enumerate(self._rows(tensor, start, size, buffers, dtype)):
             bad = torch.isfinite(values).logical_not_()
             if bad.any():
                 index = int(bad.nonzero()[0])
@@ -260,11 +264,28 @@ class Mixer:
 
 
 class _Buffers:
-    """The memory of one worker."""
+    """The memory of one worker, and views of it: making them anew for every piece would take as long as an addition."""
 
     def __init__(self) -> None:
         self.combine = kernels.Combiner()
-        self.raw = torch.empty((ROWS, PIECE), dtype=torch.uint8)
-        self.views = [row.numpy().data for row in self.raw]
-        self.matrix = self.raw.view(torch.int64).view(ROWS, -1, 128)
-        self.out = torch.empty(PIECE * 4, dtype=torch.uint8)  # a bfloat16 may become a float64
+        self._raw = torch.empty((ROWS, PIECE), dtype=torch.uint8)
+        self._out = torch.empty(PIECE * 4, dtype=torch.uint8)  # a bfloat16 may become a float64
+        self._matrix = self._raw.view(torch.int64).view(ROWS, -1, 128)
+        self._pieces: dict[tuple[torch.dtype, int], tuple[Sequence[Tensor], list[memoryview]]] = {}
+        self._results: dict[tuple[torch.dtype, int], tuple[Tensor, memoryview]] = {}
+
+    def pieces(self, dtype: torch.dtype, size: int) -> tuple[Sequence[Tensor], list[memoryview], Tensor]:
+        """Where a piece of ``size`` bytes of each of some ingredients goes: as tensors, as bytes, and for checksums."""
+        if size < PIECE:
+            self._raw[:, size:] = 0
+        if (dtype, size) not in self._pieces:
+            raw = self._raw[:, :size]
+            self._pieces[dtype, size] = raw.view(dtype).unbind(), [row.numpy().data for row in raw]
+        return *self._pieces[dtype, size], self._matrix
+
+    def result(self, dtype: torch.dtype, count: int) -> tuple[Tensor, memoryview]:
+        """Where the ``count`` numbers of a result go, and their bytes."""
+        if (dtype, count) not in self._results:
+            raw = self._out[: count * dtype.itemsize]
+            self._results[dtype, count] = raw.view(dtype), raw.numpy().data
+        return self._results[dtype, count]
