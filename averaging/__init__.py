@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from averaging.averagers.swa import SWA
     from averaging.averagers.trajectory import Trajectory
     from averaging.batchnorm import recalibrate, recalibrated
+    from averaging.diagnosis import diagnose
     from averaging.weights import Weights, named_weights
 
 __version__ = "0.1.0"
@@ -34,6 +35,7 @@ _HOME = {
     "Averager": "averaging.averager",
     "Weights": "averaging.weights",
     "applied": "averaging.apply",
+    "diagnose": "averaging.diagnosis",
     "load_into": "averaging.apply",
     "named_weights": "averaging.weights",
     "recalibrate": "averaging.batchnorm",
@@ -50,6 +52,7 @@ __all__ = [
     "Trajectory",
     "Weights",
     "applied",
+    "diagnose",
     "load_into",
     "named_weights",
     "recalibrate",

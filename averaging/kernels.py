@@ -234,6 +234,23 @@ def lerp_(accumulated: dict[str, Tensor], weights: Mapping[str, Tensor], weight:
             torch._foreach_lerp_(targets, widened, weight)
 
 
+def gap(average: Tensor, weights: Tensor) -> tuple[float, float, int]:
+    """Σ |average − weights|², Σ |weights|², and how many entries differ; summed in float64 on the average's device."""
+    wide = _wide_dtype(average.dtype)
+    ours, theirs = average.to(wide), weights.to(average.device, wide)
+    difference = ours - theirs
+    return difference.abs().square_().sum().item(), theirs.abs().square_().sum().item(), int((difference != 0).sum())
+
+
+def unmoved(average: Tensor, weights: Tensor, weight: float) -> tuple[int, int]:
+    """How many entries `lerp_` would leave as they are though they are not equal, and how many are not equal."""
+    weights = weights.to(average.device)
+    moved = {"": average.clone()}
+    lerp_(moved, {"": weights}, weight)
+    apart = average != weights
+    return int((apart & (moved[""] == average)).sum()), int(apart.sum())
+
+
 def _batches(pairs: Iterable[tuple[Tensor, Tensor]], block: int) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
     """``pairs`` in groups of at most ``block`` elements: large ones in pieces, small ones together."""
     batch: tuple[list[Tensor], list[Tensor]] = ([], [])

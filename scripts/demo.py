@@ -154,7 +154,7 @@ def train_classifier(out: Path) -> tuple[Curves, int]:
         val_check_interval=EVALUATE_EVERY,
         enable_checkpointing=True,
     )
-    trainer.fit(digits.Classifier(noise=0), *digits.loaders())
+    trainer.fit(digits.Classifier(), *digits.loaders())
     curves.bar.close()
 
     soup(out, "--last", str(K), "-o", out / "soup.safetensors")

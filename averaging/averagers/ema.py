@@ -111,7 +111,7 @@ class EMA(Averager):
         if self.switch and not self.switch.amount:
             raise ValueError(f"switch={switch!r}: must be positive")
         self._ema: dict[str, Tensor] = {}
-        self._first_step = 0
+        self.first_step = 0
         super().__init__(every=every, start=start, name=name, frozen=frozen, buffers=buffers)
 
     def decay_per_step(self, run: Run) -> float:
@@ -133,20 +133,20 @@ class EMA(Averager):
         self.decay_per_step(run)  # fail before training if it cannot be resolved
         return Length(1, "steps")
 
-    def _decay(self, step: int) -> float:
-        """The share of the old average that an absorption at ``step`` keeps."""
+    def kept(self, since: int, step: int) -> float:
+        """The share that the average as it was at step ``since`` has in that of ``step``."""
         beta = self.decay_per_step(self.run)
-        elapsed = step - self.absorbed_step
+        elapsed = step - since
         if self.warmup is None:
             return float(beta**elapsed)
         if self.warmup == "debias":
             # The weight still on the zeros that the average was initialised with.
-            zeros = beta ** (self.absorbed_step - self._first_step + self._spacing())
+            zeros = beta ** (since - self.first_step + self.spacing())
             return float(beta**elapsed * (1 - zeros) / (1 - beta**elapsed * zeros)) if zeros < 1 else 0.0
-        ages = range(self.absorbed_step - self._first_step + 1, step - self._first_step + 1)
+        ages = range(since - self.first_step + 1, step - self.first_step + 1)
         return math.prod(min(beta, self._warming(t)) for t in ages)
 
-    def _spacing(self) -> float:
+    def spacing(self) -> int:
         """Optimizer steps that the first absorption stands for: as many as every other one."""
         try:
             return max(1, round((self.every or Length(1, "steps")).in_steps(self.run, "every")))
@@ -171,12 +171,12 @@ class EMA(Averager):
 
     def absorb(self, weights: Weights, step: int) -> None:
         if not self.absorbed:
-            self._first_step = step
+            self.first_step = step
             self._ema = kernels.accumulators(weights, wide=self.compensated)
         else:
             if self.absorbed == 1:
                 self._warn_of_stall(step - self.absorbed_step)
-            kernels.lerp_(self._ema, weights, 1 - self._decay(step))
+            kernels.lerp_(self._ema, weights, 1 - self.kept(self.absorbed_step, step))
 
     def _warn_of_stall(self, elapsed: int) -> None:
         """Say so if float32 accumulators that absorb every ``elapsed`` steps would be no better than float16 ones."""
@@ -198,8 +198,8 @@ class EMA(Averager):
         return {"ema": self._ema} if self._ema else {}
 
     def numbers(self) -> dict[str, Any]:
-        return {**super().numbers(), "first_step": self._first_step}
+        return {**super().numbers(), "first_step": self.first_step}
 
     def restore(self, tensors: Mapping[str, Weights], numbers: Mapping[str, Any]) -> None:
-        self._first_step = int(numbers.get("first_step", 0))
+        self.first_step = int(numbers.get("first_step", 0))
         self._ema = kernels.accumulators(tensors.get("ema", {}), wide=self.compensated)

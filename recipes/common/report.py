@@ -36,10 +36,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str | float]]) -> str:
     """Rows in columns; numbers with four decimals."""
     cells = [[f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in row] for row in (header, *rows)]
     first, *others = (max(len(row[column]) for row in cells) for column in range(len(header)))
-    return "\n".join(
+    lines = [
         row[0].ljust(first) + "".join(f"  {cell:>{width}}" for cell, width in zip(row[1:], others, strict=True))
         for row in cells
-    )
+    ]
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def plot(file: Path, *panels: Panel) -> None:
