@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from averaging.averagers.lawa import LAWA
     from averaging.averagers.post_hoc_ema import PostHocEMA
     from averaging.averagers.swa import SWA
+    from averaging.averagers.swad import SWAD
     from averaging.averagers.trajectory import Trajectory
     from averaging.batchnorm import recalibrate, recalibrated
     from averaging.diagnosis import diagnose
@@ -31,6 +32,7 @@ _HOME = {
     "LAWA": "averaging.averagers.lawa",
     "PostHocEMA": "averaging.averagers.post_hoc_ema",
     "SWA": "averaging.averagers.swa",
+    "SWAD": "averaging.averagers.swad",
     "Trajectory": "averaging.averagers.trajectory",
     "Averager": "averaging.averager",
     "Weights": "averaging.weights",
@@ -47,6 +49,7 @@ __all__ = [
     "EMA",
     "LAWA",
     "SWA",
+    "SWAD",
     "Averager",
     "PostHocEMA",
     "Trajectory",

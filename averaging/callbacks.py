@@ -77,6 +77,11 @@ class CallbackCore:
         ):
             if value not in known:
                 raise ValueError(f"{option}={value!r}: give one of {', '.join(map(repr, known))}")
+        if evaluate == "average" and any(isinstance(averager, averaging.SWAD) for averager in averagers):
+            raise ValueError(
+                'SWAD begins and ends by the loss of the weights being trained: give evaluate="both" to measure it '
+                'beside the average\'s, or "online"'
+            )
         self.averagers = list(averagers)
         self.evaluate = evaluate
         self.checkpoint = checkpoint
@@ -244,6 +249,39 @@ class BEMASettings(CallbackCore):
             every=every,
             start=start,
             memory=memory,
+            name=name,
+            frozen=frozen,
+            buffers=buffers,
+        )
+        super().__init__(averager, evaluate=evaluate, checkpoint=checkpoint, missing=missing)
+
+
+class SWADSettings(CallbackCore):
+    """The arguments of `averaging.SWAD` and of `CallbackCore`; ``evaluate`` is ``"both"`` by default."""
+
+    def __init__(
+        self,
+        optimum_patience: int = 3,
+        overfit_patience: int = 6,
+        *,
+        tolerance: float = 1.3,
+        metric: str | None = None,
+        every: Span | None = None,
+        start: Span = 0,
+        name: str | None = None,
+        frozen: bool = False,
+        buffers: bool = False,
+        evaluate: Evaluate = "both",
+        checkpoint: Checkpoint = "online",
+        missing: Literal["error", "start"] = "error",
+    ) -> None:
+        averager = averaging.SWAD(
+            optimum_patience,
+            overfit_patience,
+            tolerance=tolerance,
+            metric=metric,
+            every=every,
+            start=start,
             name=name,
             frozen=frozen,
             buffers=buffers,

@@ -35,6 +35,7 @@ from averaging.callbacks import (
     EMASettings,
     LAWASettings,
     PostHocEMASettings,
+    SWADSettings,
     SWASettings,
     TrajectorySettings,
     by_name,
@@ -44,7 +45,7 @@ from averaging.callbacks import (
 )
 from averaging.weights import Weights, first_names, named_weights
 
-__all__ = ["BEMA", "EMA", "LAWA", "SWA", "AveragingCallback", "PostHocEMA", "Trajectory", "load_average"]
+__all__ = ["BEMA", "EMA", "LAWA", "SWA", "SWAD", "AveragingCallback", "PostHocEMA", "Trajectory", "load_average"]
 
 KEY = "averaging"
 """The key of a Lightning checkpoint under which the averages lie."""
@@ -425,6 +426,10 @@ def _validate_again(trainer: Any, prefix: str, rewind: Callable[[], None]) -> No
 
 class BEMA(BEMASettings, AveragingCallback):
     """`averaging.BEMA` for Lightning's Trainer."""
+
+
+class SWAD(SWADSettings, AveragingCallback):
+    """`averaging.SWAD` for Lightning's Trainer."""
 
 
 class LAWA(LAWASettings, AveragingCallback):

@@ -33,6 +33,7 @@ from averaging.callbacks import (
     EMASettings,
     LAWASettings,
     PostHocEMASettings,
+    SWADSettings,
     SWASettings,
     TrajectorySettings,
     by_name,
@@ -41,7 +42,7 @@ from averaging.callbacks import (
     random_state,
 )
 
-__all__ = ["BEMA", "EMA", "LAWA", "SWA", "AveragingCallback", "PostHocEMA", "Trajectory"]
+__all__ = ["BEMA", "EMA", "LAWA", "SWA", "SWAD", "AveragingCallback", "PostHocEMA", "Trajectory"]
 
 
 class AveragingCallback(CallbackCore, TrainerCallback):
@@ -283,6 +284,10 @@ def _enter_eval(optimizer: Any) -> None:
 
 class BEMA(BEMASettings, AveragingCallback):
     """`averaging.BEMA` for `transformers.Trainer`."""
+
+
+class SWAD(SWADSettings, AveragingCallback):
+    """`averaging.SWAD` for `transformers.Trainer`."""
 
 
 class LAWA(LAWASettings, AveragingCallback):

@@ -12,7 +12,17 @@ import pytest
 import torch
 from torch import nn
 
-from averaging import BEMA, EMA, LAWA, SWA, PostHocEMA, applied, load_into, named_weights
+from averaging import BEMA, EMA, LAWA, SWA, SWAD, PostHocEMA, applied, load_into, named_weights
+
+
+class Watched(SWAD):
+    """SWAD in a run that is evaluated after every other step."""
+
+    def update(self, model, step=None, *, epoch=None):
+        super().update(model, step, epoch=epoch)
+        if step % 2 == 0:
+            self.observe({"val_loss": 1 + abs(step - 4) / 20}, step)
+
 
 FOLDERS = tempfile.TemporaryDirectory()
 atexit.register(FOLDERS.cleanup)
@@ -31,6 +41,7 @@ TABLE = {
     "ema-switch": lambda **o: EMA(0.9, switch=4, **o),
     "bema": lambda **o: BEMA(every=2, **o),
     "bema-device": lambda **o: BEMA(0.9, 0.5, rho=2, every=3, memory="device", **o),
+    "swad": lambda **o: Watched(2, 3, **o),
     "swa": lambda **o: SWA(start=3, every=2, **o),
 }
 every_averager = pytest.mark.parametrize("build", TABLE.values(), ids=TABLE.keys())
@@ -275,6 +286,8 @@ def test_applied_checks_before_it_writes():
         (lambda: EMA(0.9, switch="epoch").update(nn.Linear(2, 2)), "epoch="),
         (lambda: EMA(0.9, every="sometimes"), "optimizer steps"),
         (lambda: SWA(start=-1), "optimizer steps"),
+        (lambda: SWAD(0), "optimum_patience=0"),
+        (lambda: SWAD(tolerance=0.9), "at least 1"),
         (lambda: BEMA(eta=-1), "eta=-1"),
         (lambda: BEMA(rho=0.5), "at least 1"),
         (lambda: SWA(start=1.5), "fraction"),
