@@ -3,7 +3,8 @@
     python scripts/bench/soup.py [--count 4] [--repeats 5] [--folder /tmp/soup-bench]
 
 Writes `count` sharded bf16 checkpoints of about 0.9 GB into the folder, then takes turns, and prints medians of wall
-seconds and of peak resident memory. mergekit takes part when its command `mergekit-yaml` is installed. The start-up is
+seconds and of peak resident memory. mergekit takes part when its command `mergekit-yaml` is
+on the PATH (it pins old versions of other packages: give it a virtual environment of its own). The start-up is
 that of a process that imports torch and does nothing.
 """
 
@@ -30,35 +31,49 @@ save_file(mean, sys.argv[2])
 """
 
 
+CONFIG = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 1536,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 12,
+    "vocab_size": 8192,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+}
+LAYER = {f"self_attn.{part}_proj": (1536, 1536) for part in "qkvo"}
+LAYER |= {"mlp.gate_proj": (4096, 1536), "mlp.up_proj": (4096, 1536), "mlp.down_proj": (1536, 4096)}
+LAYER |= {"input_layernorm": (1536,), "post_attention_layernorm": (1536,)}
+
+
 def make(folder: Path, count: int) -> None:
+    """Checkpoints as along one run: a common base and a little noise of their own."""
     import torch
     from safetensors.torch import save_file
 
+    shapes = {f"model.layers.{i}.{part}.weight": shape for i in range(16) for part, shape in LAYER.items()}
+    shapes |= {"model.embed_tokens.weight": (8192, 1536), "model.norm.weight": (1536,)}
+    names = list(shapes)
+    shards = [names[i : i + 49] for i in range(0, len(names), 49)]
     for i in range(count):
         target = folder / f"checkpoint-{100 * (i + 1)}"
         if (target / "config.json").exists():
             continue
         target.mkdir(parents=True, exist_ok=True)
-        torch.manual_seed(0)
         places: dict[str, str] = {}
-        for shard in range(3):
-            name = f"model-{shard + 1:05d}-of-00003.safetensors"
+        for number, shard in enumerate(shards, start=1):
+            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             tensors = {}
-            for layer in range(9):
-                for part, shape in (
-                    ("up", (4096, 1536)),
-                    ("down", (1536, 4096)),
-                    ("norm", (1536,)),
-                    ("qkv", (1536, 3072)),
-                ):
-                    base = torch.randn(shape, generator=torch.Generator().manual_seed(shard * 100 + layer)) * 0.02
-                    noise = torch.randn(shape, generator=torch.Generator().manual_seed(i)) * 0.001
-                    tensors[f"model.{shard}.{layer}.{part}.weight"] = (base + noise).bfloat16()
-            save_file(tensors, target / name, metadata={"format": "pt"})
-            places |= dict.fromkeys(tensors, name)
+            for name in shard:
+                base = torch.randn(shapes[name], generator=torch.Generator().manual_seed(names.index(name))) * 0.02
+                noise = torch.randn(shapes[name], generator=torch.Generator().manual_seed(1000 + i)) * 0.001
+                tensors[name] = (base + noise).bfloat16()
+            save_file(tensors, target / file, metadata={"format": "pt"})
+            places |= dict.fromkeys(tensors, file)
         (target / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
-        config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
-        (target / "config.json").write_text(json.dumps(config))
+        (target / "config.json").write_text(json.dumps(CONFIG))
 
 
 def run(command: list[str], env: dict[str, str]) -> tuple[float, float]:
