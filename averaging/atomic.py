@@ -50,7 +50,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         sweep(target.parent)
-        with _staging(target.parent) as staging:
+        with staging_folder(target.parent) as staging:
             temporary = staging / target.name
             yield temporary
             _settle(temporary, staging.stat().st_mode & 0o666)
@@ -77,7 +77,7 @@ def sweep(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _staging(parent: Path) -> Iterator[Path]:
+def staging_folder(parent: Path) -> Iterator[Path]:
     """A fresh hidden folder in ``parent``, locked for as long as this process lives, removed at the end."""
     while True:
         staging = parent / f"{PREFIX}{secrets.token_hex(4)}{SUFFIX}"

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO, cast, get_args
+from typing import TYPE_CHECKING, Any, TextIO, cast, get_args
 
 from averaging import __version__
 from averaging.decay import Decay
 
 if TYPE_CHECKING:
+    from averaging.checkpoints import Checkpoint
     from averaging.soups.engine import Progress
     from averaging.soups.uniform import Uniform
 
@@ -25,6 +27,8 @@ Average the weights of saved checkpoints.
   soup checkpoints/                      all checkpoints in a folder, written to checkpoints/soup/
   soup checkpoints/ --last 5 -o out/     the five newest
   soup a.ckpt b.ckpt -o out.safetensors  just these
+  soup runs/ --sweep window=1,2,5,10 --evaluate my_module:validation_loss
+                                         the best of many averages
 """
 EPILOG = """\
 A checkpoint is a Hugging Face model folder, a PEFT adapter folder, a .safetensors file, a Lightning .ckpt, or a torch
@@ -44,6 +48,7 @@ def parser() -> argparse.ArgumentParser:
     choice = p.add_argument_group("which checkpoints")
     choice.add_argument("--last", type=int, metavar="K", help="only the K newest")
     choice.add_argument("--every", type=int, metavar="N", help="only every N-th, counted back from the newest")
+    choice.add_argument("--at", type=_steps, metavar="STEP,...", help="ending at these steps (--sweep, --post-hoc)")
     result = p.add_argument_group("how they are averaged")
     result.add_argument(
         "--weights",
@@ -55,12 +60,28 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--post-hoc", type=float, metavar="WIDTH", help="the EMA of this relative width, from snapshots of PostHocEMA"
     )
-    result.add_argument("--at", type=int, metavar="STEP", help="with --post-hoc: at this step (default: the last)")
     result.add_argument(
         "--like", metavar="MODEL", help="a checkpoint that the result shall be like, with what the others do not hold"
     )
     result.add_argument("--dtype", metavar="DTYPE", help="bfloat16, float16, float32 or float64 (default: unchanged)")
     result.add_argument("--allow-nonfinite", action="store_true", help="go on when a checkpoint holds NaN or infinity")
+    search = p.add_argument_group("finding the best average of one run's checkpoints")
+    search.add_argument(
+        "--sweep",
+        type=_axis,
+        action="append",
+        metavar="AXIS=V,V,...",
+        help="evaluate averages with each of these values, ending at each checkpoint, and write the best; AXIS is "
+        "window (checkpoints), spacing (every so many-th), decay (of an EMA, per optimizer step), weights (linear, "
+        "cosine, inverse_sqrt) or post-hoc (widths); more than one --sweep: every combination",
+    )
+    search.add_argument(
+        "--evaluate",
+        metavar="MODULE:FUNCTION",
+        help="the function that returns the metric of an average; it takes a mapping from names to tensors whose .path "
+        "opens with from_pretrained where the checkpoints do",
+    )
+    search.add_argument("--metric", choices=("min", "max"), help="whether the lowest (default) or the highest is best")
     run = p.add_argument_group("the run")
     run.add_argument("--dry-run", action="store_true", help="print what would be read and written, and stop")
     run.add_argument("--force", action="store_true", help="replace an existing output")
@@ -89,6 +110,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> None:
     began = time.monotonic()
+    if options.sweep:
+        _sweep(options)
+        return
+    _refuse(options, "a soup without --sweep", "evaluate", "metric")
     soup = _soup(options)
     if options.dry_run:
         print(_describe(soup))
@@ -101,6 +126,66 @@ def _run(options: argparse.Namespace) -> None:
         print(f"{soup.output.path}: average of {len(soup.ingredients)}, {_size(soup.output.nbytes)}, {seconds:.1f} s")
 
 
+def _sweep(options: argparse.Namespace) -> None:
+    from averaging.checkpoints import gather, select
+    from averaging.soups.sweep import label, plan, sweep
+
+    began = time.monotonic()
+    _refuse(options, "--sweep", "weights", "post_hoc")
+    if options.evaluate is None:
+        raise ValueError("--sweep needs --evaluate MODULE:FUNCTION, which returns the metric of an average")
+    axes = dict(options.sweep)
+    if len(axes) < len(options.sweep):
+        raise ValueError("--sweep names one axis twice; give all its values at once: --sweep window=1,2,5")
+    paths = options.paths
+    if "post_hoc" not in axes:
+        paths = select(gather(paths), options.last, options.every)
+    else:
+        _refuse(options, "--sweep post-hoc", "last", "every")
+    choices = {name: getattr(options, name) for name in ("like", "dtype", "allow_nonfinite")}
+    output = _output(options)
+    if options.dry_run:
+        plans = plan(paths, axes, options.at, **choices)
+        print("\n".join(f"{label(each.setting)} at step {each.step}" for each in plans))
+        print(f"{len(plans)} averages to evaluate; the best to {output}")
+        return
+    evaluate = _function(options.evaluate)
+    with _counter(hidden=options.quiet) as progress:
+        result = sweep(
+            paths,
+            evaluate,
+            output,
+            **axes,
+            at=options.at,
+            best=options.metric or "min",
+            force=options.force,
+            progress=progress,
+            **choices,
+        )
+    if not options.quiet:
+        print(result.table())
+        best, seconds = result.best, time.monotonic() - began
+        print(f"{output}: {best.label} at step {best.step}, best of {len(result.cells)}, {seconds:.1f} s")
+
+
+def _function(text: str) -> Callable[[Checkpoint], float]:
+    """The function that ``text``, MODULE:FUNCTION, names; modules are also looked for in the current folder."""
+    module, colon, name = text.partition(":")
+    if not (module and colon and name):
+        raise ValueError(f"--evaluate {text}: give MODULE:FUNCTION, such as evaluation:loss")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        function = importlib.import_module(module)
+        for part in name.split("."):
+            function = getattr(function, part)
+    except Exception as error:
+        raise ValueError(f"--evaluate {text}: {type(error).__name__}: {error}") from error
+    if not callable(function):
+        raise ValueError(f"--evaluate {text}: {name} is not a function")
+    return function
+
+
 def _soup(options: argparse.Namespace) -> Uniform:
     from averaging.checkpoints import gather, select
     from averaging.soups.post_hoc import rebuilding
@@ -111,8 +196,11 @@ def _soup(options: argparse.Namespace) -> Uniform:
         _refuse(options, "--post-hoc", "last", "every", "weights")
         if len(options.paths) > 1:
             raise ValueError("--post-hoc takes a single folder, that of PostHocEMA's snapshots")
-        return rebuilding(options.paths[0], options.post_hoc, options.at, _output(options), **choices)
-    _refuse(options, "a soup without --post-hoc", "at")
+        if options.at and len(options.at) > 1:
+            raise ValueError("--post-hoc makes one average: give --at a single step")
+        step = options.at[0] if options.at else None
+        return rebuilding(options.paths[0], options.post_hoc, step, _output(options), **choices)
+    _refuse(options, "a soup without --post-hoc or --sweep", "at")
     ingredients = select(gather(options.paths), options.last, options.every)
     return Uniform(ingredients, _output(options), weights=options.weights, **choices)
 
@@ -120,7 +208,7 @@ def _soup(options: argparse.Namespace) -> Uniform:
 def _refuse(options: argparse.Namespace, what: str, *names: str) -> None:
     for name in names:
         if getattr(options, name) is not None:
-            raise ValueError(f"--{name} has no meaning for {what}; leave it out")
+            raise ValueError(f"--{name.replace('_', '-')} has no meaning for {what}; leave it out")
 
 
 def _output(options: argparse.Namespace) -> str | Path:
@@ -148,6 +236,27 @@ def _describe(soup: Uniform) -> str:
     lines += [f"  {path.relative_to(output.model.path)} (copied)" for path in output.copied()]
     lines.append(f"  {output.record_path.name}")
     return "\n".join(lines)
+
+
+def _axis(text: str) -> tuple[str, list[Any]]:
+    from averaging.soups.sweep import AXES
+
+    axis, equals, values = text.partition("=")
+    axis = axis.replace("-", "_")
+    if axis not in AXES or not equals:
+        names = ", ".join(name.replace("_", "-") for name in AXES)
+        raise argparse.ArgumentTypeError(f"expected AXIS=V,V,... with AXIS one of {names}, not {text!r}")
+    try:
+        return axis, [AXES[axis](value) for value in values.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected numbers separated by commas, not {values!r}") from None
+
+
+def _steps(text: str) -> list[int]:
+    try:
+        return [int(step) for step in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected steps separated by commas, not {text!r}") from None
 
 
 def _weights(text: str) -> list[float] | Decay:
@@ -210,6 +319,22 @@ def _bar(hidden: bool) -> Iterator[Progress | None]:
     def draw(done: int, total: int) -> None:
         share = done / max(total, 1)
         print(f"\r{'█' * round(30 * share):░<30} {share:4.0%} of {_size(total)}", end="", file=sys.stderr, flush=True)
+
+    try:
+        yield draw
+    finally:
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def _counter(hidden: bool) -> Iterator[Callable[[int, int, str], None] | None]:
+    """A line that counts evaluations on a terminal, nothing elsewhere."""
+    if hidden or not sys.stderr.isatty():
+        yield None
+        return
+
+    def draw(done: int, total: int, what: str) -> None:
+        print(f"\r\033[K{done} of {total} evaluated, now {what}", end="", file=sys.stderr, flush=True)
 
     try:
         yield draw

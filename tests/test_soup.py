@@ -350,7 +350,8 @@ def test_the_options_are_frozen():
     options = {option for action in cli.parser()._actions for option in action.option_strings}
     assert options == {
         "-h", "--help", "--version", "-o", "--output", "--last", "--every", "--weights", "--like", "--dtype",
-        "--post-hoc", "--at", "--allow-nonfinite", "--dry-run", "--force", "-q", "--quiet", "--debug",
+        "--post-hoc", "--at", "--sweep", "--evaluate", "--metric",
+        "--allow-nonfinite", "--dry-run", "--force", "-q", "--quiet", "--debug",
     }  # fmt: skip
 
 

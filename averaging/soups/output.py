@@ -31,12 +31,9 @@ def check_alike(ingredients: Sequence[Checkpoint]) -> None:
     """Refuse to average what does not belong together.
 
     Raises:
-        ValueError: fewer than two ingredients, or they differ in kind, architecture, base model, or in the name,
+        ValueError: they differ in kind, architecture, base model, or in the name,
             shape or dtype of a tensor.
     """
-    if len(ingredients) < 2:
-        found = f"only {ingredients[0].path}" if ingredients else "none"
-        raise ValueError(f"a soup needs at least two checkpoints, found {found}")
     first = ingredients[0]
     for other in ingredients[1:]:
         if other.kind != first.kind:

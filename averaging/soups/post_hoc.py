@@ -99,6 +99,8 @@ def rebuilding(
     width: float,
     step: int | None = None,
     output: str | os.PathLike[str] | None = None,
+    *,
+    facts: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Uniform:
     """The soup that `post_hoc` cooks."""
@@ -114,7 +116,7 @@ def rebuilding(
         output,
         weights=coefficients([(at, of) for _, at, of in used], width, step),
         method="post-hoc EMA",
-        facts={"width": width, "step": step},
+        facts={"width": width, "step": step, **(facts or {})},
         **options,
     )
 

@@ -111,6 +111,9 @@ class Uniform:
         facts: Mapping[str, Any] | None = None,
     ) -> None:
         self.ingredients = gather([paths] if isinstance(paths, str | os.PathLike) else paths)
+        if method == "uniform" and len(self.ingredients) < 2:
+            found = f"only {self.ingredients[0].path}" if self.ingredients else "none"
+            raise ValueError(f"a soup needs at least two checkpoints, found {found}")
         check_alike(self.ingredients)
         self.model = self.ingredients[-1]
         if template := find_template(self.ingredients, like):

@@ -1,0 +1,332 @@
+"""Sweeps: the metric of many averages of one run's checkpoints, by what is averaged and where it ends.
+
+    for each setting (window, spacing, decay, …), for each checkpoint as the end:  metric(average of what came before)
+
+LAWA and EMA ask for a window or a decay before training; with the checkpoints on the disk it can be chosen afterwards,
+from one run, on held-out data. Ajroldi, Orvieto and Geiping 2025, "When, Where and Why to Average Weights?"
+(https://arxiv.org/abs/2502.06761), for how the best window depends on the run.
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import math
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from averaging.atomic import replacing, staging_folder
+from averaging.checkpoints import Checkpoint, gather
+from averaging.decay import Decay, check_decay
+from averaging.soups.post_hoc import rebuilding, snapshots
+from averaging.soups.uniform import Uniform
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from torch import Tensor
+
+Best = Literal["min", "max"]
+Setting = dict[str, Any]
+"""Axis → value: ``{"window": 5, "spacing": 2}``."""
+Progress = Callable[[int, int, str], None]
+"""Takes the averages evaluated so far, how many there are in all, and what is next."""
+
+AXES: dict[str, type[int] | type[float] | type[str]] = {
+    "window": int,
+    "spacing": int,
+    "decay": float,
+    "weights": str,
+    "post_hoc": float,
+}
+"""What can be swept, and the kind of its values."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One average: what it was made with, the step of the newest checkpoint in it, and its metric."""
+
+    setting: Setting
+    step: int
+    metric: float
+
+    @property
+    def label(self) -> str:
+        """For tables and messages: ``window 5, spacing 2``."""
+        return label(self.setting)
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The result of `sweep`.
+
+    Attributes:
+        cells: every average evaluated, setting by setting.
+        best: the one with the best metric, the first of equals.
+        weights: the best average: a `Checkpoint` if it was written, else tensors in memory.
+    """
+
+    cells: list[Cell]
+    best: Cell
+    weights: Mapping[str, Tensor]
+
+    def table(self) -> str:
+        """The metrics, a line per step and a column per setting; the best is marked."""
+        columns = list(dict.fromkeys(cell.label for cell in self.cells))
+        known = {(cell.step, cell.label): cell for cell in self.cells}
+        rows = [["step", *columns]]
+        for step in sorted({cell.step for cell in self.cells}):
+            row = [str(step)]
+            for column in columns:
+                cell = known.get((step, column))
+                row.append("-" if cell is None else f"{cell.metric:.6g}" + ("*" if cell is self.best else " "))
+            rows.append(row)
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join("  ".join(text.rjust(width) for text, width in zip(row, widths, strict=True)) for row in rows)
+
+
+def sweep(
+    paths: Iterable[str | os.PathLike[str] | Checkpoint] | str | os.PathLike[str],
+    evaluate: Callable[[Checkpoint], float],
+    output: str | os.PathLike[str] | None = None,
+    *,
+    window: Sequence[int] = (),
+    spacing: Sequence[int] = (),
+    decay: Sequence[float] = (),
+    weights: Sequence[Decay] = (),
+    post_hoc: Sequence[float] = (),
+    at: Sequence[int] | None = None,
+    best: Best = "min",
+    like: str | os.PathLike[str] | Checkpoint | None = None,
+    dtype: str | None = None,
+    allow_nonfinite: bool = False,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> Sweep:
+    """Evaluate every combination of the settings at every checkpoint, and write the best average.
+
+        def loss(weights):
+            load_into(model, weights)  # or AutoModelForCausalLM.from_pretrained(weights.path)
+            return validate(model)
+
+        result = sweep("runs/trajectory", loss, "best", window=(1, 2, 5, 10, 20))
+
+    Each average is the soup that `averaging.soups.uniform` makes, computed from the disk with bounded memory and
+    written to a temporary folder beside the output for as long as it is evaluated.
+
+    Args:
+        paths: the checkpoints of one run, as in `averaging.soups.uniform`. With ``post_hoc``, the folder of
+            `averaging.PostHocEMA`.
+        evaluate: takes a `Checkpoint`, a mapping from names to tensors that are read when asked for, whose ``path``
+            opens with ``from_pretrained`` where those of the checkpoints (or ``like``) do; returns the metric.
+        output: where the best average is written, as in `averaging.soups.uniform`. Beside it come the metrics as
+            ``NAME.sweep.csv`` and their heat map as ``NAME.sweep.png`` (needs matplotlib). ``None``: nothing.
+        window: how many checkpoints are averaged; all there are if not given. An end with fewer is left out.
+        spacing: every how many-th checkpoint is averaged, counted back from the end.
+        decay: EMA over the checkpoints with this decay per optimizer step, the first one a copy: what
+            `averaging.EMA` would be had it absorbed just these.
+        weights: ``"linear"``, ``"cosine"``, ``"inverse_sqrt"`` (see `averaging.decay`).
+        post_hoc: relative widths of post-hoc EMAs; goes with no other setting.
+        at: the steps at which the averages end; all by default.
+        best: whether the lowest or the highest metric is best.
+        like, dtype, allow_nonfinite, force: as in `averaging.soups.uniform`.
+        progress: called before each evaluation.
+
+    Raises:
+        ValueError: settings that make no sense or fit no checkpoint, steps that are unknown; ``evaluate`` raised or
+            returned something that is not a finite number; and what `averaging.soups.uniform` raises. Nothing is
+            written then.
+        FileExistsError: an output exists and ``force`` is off.
+    """
+    if best not in ("min", "max"):
+        raise ValueError(f"best={best!r}: give 'min' or 'max'")
+    axes = {"window": window, "spacing": spacing, "decay": decay, "weights": weights, "post_hoc": post_hoc}
+    options = {"like": like, "dtype": dtype, "allow_nonfinite": allow_nonfinite}
+    plans = plan(paths, {axis: values for axis, values in axes.items() if values}, at, **options)
+    beside = [] if output is None else [Path(f"{os.fspath(output)}.sweep{suffix}") for suffix in (".csv", ".png")]
+    if output is not None:
+        plans[0].soup(output=output, force=force)  # complains now about what would be found wrong at the end
+        for path in beside:
+            if path.exists() and not force:
+                raise FileExistsError(f"{path} exists already; pass --force (force=True) to replace it")
+    cells = []
+    with _temporary(output) as temporary:
+        for number, each in enumerate(plans):
+            if progress is not None:
+                progress(number, len(plans), f"{label(each.setting)} at step {each.step}")
+            soup = each.soup(output=temporary, force=True).cook()
+            assert isinstance(soup, Checkpoint)
+            cells.append(Cell(each.setting, each.step, _metric(evaluate, soup, each)))
+    choose = min if best == "min" else max
+    number = choose(range(len(cells)), key=lambda number: cells[number].metric)
+    won = cells[number]
+    facts = {"sweep": {**won.setting, "step": won.step, "metric": won.metric}}
+    with ExitStack() as stack:  # all of the outputs, or none
+        if beside:
+            _write_csv(cells, stack.enter_context(replacing(beside[0])))
+            if figure := _heat_map(cells, won, best, getattr(evaluate, "__name__", "metric")):
+                figure.savefig(stack.enter_context(replacing(beside[1])), format="png", dpi=120)
+        return Sweep(cells, won, plans[number].soup(output=output, force=force, facts=facts).cook())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One average that is to be evaluated.
+
+    ``soup(output=, force=, facts=)`` makes it ready to be cooked.
+    """
+
+    setting: Setting
+    step: int
+    soup: Callable[..., Uniform]
+
+
+def plan(
+    paths: Iterable[str | os.PathLike[str] | Checkpoint] | str | os.PathLike[str],
+    axes: Mapping[str, Sequence[Any]],
+    at: Sequence[int] | None,
+    **options: Any,
+) -> list[Plan]:
+    """All averages of a sweep; nothing is read but headers.
+
+    Raises:
+        ValueError: see `sweep`.
+    """
+    _check(axes)
+    settings = [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+    named = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+    if "post_hoc" in axes:
+        folder = named[0]
+        if len(named) > 1 or isinstance(folder, Checkpoint):
+            raise ValueError("post_hoc takes a single folder, that of PostHocEMA's snapshots")
+        ends = _ends(sorted({step for _, step, _ in snapshots(folder)}), at)
+        return [
+            Plan(setting, step, partial(rebuilding, folder, setting["post_hoc"], step, **options))
+            for setting in settings
+            for step in ends
+        ]
+    checkpoints = gather(named)
+    for checkpoint in checkpoints:
+        if checkpoint.step is None:
+            raise ValueError(f"a sweep needs the step of each checkpoint, and that of {checkpoint.path} is not known")
+    checkpoints.sort(key=lambda checkpoint: checkpoint.step or 0)
+    steps = [checkpoint.step or 0 for checkpoint in checkpoints]
+    ends = [steps.index(step) for step in _ends(steps, at)]
+    plans = []
+    for setting in settings:
+        for end in ends:
+            chosen = checkpoints[end :: -setting.get("spacing", 1)][: setting.get("window")][::-1]
+            if len(chosen) < setting.get("window", 1):
+                continue
+            weights = setting.get("weights")
+            if "decay" in setting:
+                weights = ema_weights([checkpoint.step or 0 for checkpoint in chosen], setting["decay"])
+            soup = partial(Uniform, chosen, weights=weights, method="sweep", **options)
+            plans.append(Plan(setting, steps[end], soup))
+    if not plans:
+        raise ValueError(f"no setting fits: there are only {len(checkpoints)} checkpoints")
+    return plans
+
+
+def ema_weights(steps: Sequence[int], decay: float) -> list[float]:
+    """The weights of checkpoints at ``steps`` in an EMA with ``decay`` per optimizer step; they sum to one."""
+    kept = [0.0] + [decay ** (after - before) for before, after in itertools.pairwise(steps)]
+    return [(1 - kept[i]) * math.prod(kept[i + 1 :]) for i in range(len(steps))]
+
+
+def label(setting: Setting) -> str:
+    """A setting in words: ``window 5, spacing 2``."""
+    return ", ".join(f"{axis.replace('_', '-')} {value}" for axis, value in setting.items())
+
+
+def _check(axes: Mapping[str, Sequence[Any]]) -> None:
+    if not axes:
+        raise ValueError(f"nothing to sweep: give values for one or more of {', '.join(AXES)}")
+    for axis, values in axes.items():
+        for value in values:
+            if AXES[axis] is int and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"{axis}={value!r}: must be a whole number of checkpoints, at least 1")
+            if axis == "weights":
+                check_decay(value)
+            if axis == "decay" and not 0 <= value < 1:
+                raise ValueError(f"decay={value!r}: must be at least 0 and less than 1, per optimizer step")
+    for one, others in (("post_hoc", {"window", "spacing", "decay", "weights"}), ("decay", {"weights"})):
+        if one in axes and (clash := others & axes.keys()):
+            raise ValueError(f"{one} and {min(clash)} cannot be swept together")
+
+
+def _ends(steps: Sequence[int], at: Sequence[int] | None) -> Sequence[int]:
+    for step in at or ():
+        if step not in steps:
+            raise ValueError(f"there is no checkpoint of step {step}; the steps are {', '.join(map(str, steps))}")
+    return steps if at is None else sorted(set(at))
+
+
+def _metric(evaluate: Callable[[Checkpoint], float], soup: Checkpoint, plan: Plan) -> float:
+    where = f"for {label(plan.setting)} at step {plan.step}"
+    try:
+        value = evaluate(soup)
+    except Exception as error:
+        raise ValueError(f"the evaluation raised {type(error).__name__} {where}: {error}") from error
+    try:
+        metric = float(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the evaluation must return a number, not {value!r} {where}") from error
+    if not math.isfinite(metric):
+        raise ValueError(f"the evaluation returned {metric} {where}; leave these checkpoints out, or return a number")
+    return metric
+
+
+@contextmanager
+def _temporary(output: str | os.PathLike[str] | None) -> Iterator[Path]:
+    """Where averages are written to be evaluated: beside the output, where there is room, and of its kind."""
+    if output is None:
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder) / "soup"
+        return
+    target = Path(os.path.realpath(output))
+    with staging_folder(next(parent for parent in target.parents if parent.exists())) as folder:
+        yield folder / f"soup{target.suffix if target.suffix == '.safetensors' else ''}"
+
+
+def _write_csv(cells: Sequence[Cell], path: Path) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow([*cells[0].setting, "step", "metric"])
+        writer.writerows([*cell.setting.values(), cell.step, cell.metric] for cell in cells)
+
+
+def _heat_map(cells: Sequence[Cell], won: Cell, best: Best, metric: str) -> Figure | None:
+    """Steps from left to right, settings from bottom to top, the best one framed."""
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.patches import Rectangle
+    except ImportError:
+        warnings.warn(
+            "no heat map was drawn because matplotlib is not installed: pip install 'averaging[plot]'", stacklevel=3
+        )
+        return None
+    steps = sorted({cell.step for cell in cells})
+    settings = list(dict.fromkeys(cell.label for cell in cells))
+    values = [[math.nan] * len(steps) for _ in settings]
+    for cell in cells:
+        values[settings.index(cell.label)][steps.index(cell.step)] = cell.metric
+    figure = Figure(figsize=(min(16, 3 + 0.5 * len(steps)), min(10, 1.5 + 0.4 * len(settings))), layout="constrained")
+    axes = figure.add_subplot()
+    colours = "viridis" if best == "max" else "viridis_r"
+    image = axes.imshow(values, cmap=colours, aspect="auto", origin="lower", interpolation="nearest")
+    corner = steps.index(won.step) - 0.5, settings.index(won.label) - 0.5
+    axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor="red", linewidth=2))
+    shown = range(0, len(steps), max(1, math.ceil(len(steps) / 12)))
+    axes.set_xticks(shown, [str(steps[i]) for i in shown], rotation=45)
+    axes.set_yticks(range(len(settings)), settings)
+    axes.set_xlabel("optimizer step of the newest checkpoint")
+    axes.set_title(f"best: {won.metric:.6g}, {won.label} at step {won.step}")
+    figure.colorbar(image, label=f"{metric} ({'lower' if best == 'min' else 'higher'} is better)")
+    return figure
