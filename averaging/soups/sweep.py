@@ -149,7 +149,7 @@ def sweep(
     axes = {"window": window, "spacing": spacing, "decay": decay, "weights": weights, "post_hoc": post_hoc}
     options = {"like": like, "dtype": dtype, "allow_nonfinite": allow_nonfinite}
     plans = plan(paths, {axis: values for axis, values in axes.items() if values}, at, **options)
-    beside = [] if output is None else [Path(f"{os.fspath(output)}.sweep{suffix}") for suffix in (".csv", ".png")]
+    beside = [] if output is None else [Path(f"{Path(output)}.sweep{suffix}") for suffix in (".csv", ".png")]
     if output is not None:
         plans[0].soup(output=output, force=force)  # complains now about what would be found wrong at the end
         for path in beside:
