@@ -294,7 +294,7 @@ class LAWASettings(CallbackCore):
 
     def __init__(
         self,
-        k: int = 5,
+        k: int | Sequence[int] = 5,
         *,
         every: Span | None = None,
         window: Span | None = None,

@@ -7,7 +7,9 @@ Averagers, soups and adapters hold no arithmetic of their own.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import torch
@@ -153,31 +155,45 @@ class Combiner:
         return memory[:, :size].unbind()
 
 
-def mean(tensors: Sequence[Tensor], out: Tensor, coefficients: Sequence[float] | None = None) -> Tensor:
-    """The mean of ``tensors``, summed in float64 and rounded once into ``out``.
+def combine(
+    groups: Iterable[tuple[Sequence[Tensor], Tensor]],
+    coefficients: Sequence[float] | None = None,
+    divisor: float = 1.0,
+) -> None:
+    """Σ cᵢ·xᵢ / divisor of each group's tensors, as `Combiner` computes it, block by block into the group's ``out``.
+
+    On the CPU the blocks of large tensors are shared out among all cores, which beats all cores sharing each block.
+    Transient memory is a few blocks, not a copy of a tensor.
 
     Args:
-        tensors: at least one tensor; all of one shape, dtype and device.
-        out: where the result goes; its dtype is the result's. May lie on another device.
-        coefficients: a weight for each tensor; all alike if ``None``.
-
-    Transient memory is a few blocks, not a copy of the tensor.
+        groups: (tensors, out): at least one tensor, all of one shape, dtype and device; and where the result goes,
+            whose dtype is the result's, and which may lie on another device.
+        coefficients: one per tensor; ones if ``None``.
+        divisor: what the sum is divided by.
     """
-    return combine(tensors, out, coefficients, len(tensors) if coefficients is None else math.fsum(coefficients))
+    combiners = threading.local()
 
+    def run(blocks: list[Tensor], out: Tensor) -> None:
+        combiners.__dict__.setdefault("own", Combiner())(blocks, out, coefficients, divisor)
 
-def combine(
-    tensors: Sequence[Tensor], out: Tensor, coefficients: Sequence[float] | None = None, divisor: float = 1.0
-) -> Tensor:
-    """Σ cᵢ·xᵢ / divisor as `Combiner` computes it, block by block; arguments as there, but of any shape and size."""
-    flat_out = out.view(-1)
-    flats = [t.reshape(-1) for t in tensors]
-    block = CPU_BLOCK if flats[0].device.type == "cpu" else DEVICE_BLOCK
-    combiner = Combiner()
-    for start in range(0, flat_out.numel(), block):
-        part = slice(start, start + block)
-        combiner([flat[part] for flat in flats], flat_out[part], coefficients, divisor)
-    return out
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            pending = []
+            for tensors, out in groups:
+                flats, flat_out = [tensor.reshape(-1) for tensor in tensors], out.view(-1)
+                on_cpu = flats[0].device.type == "cpu"
+                block = CPU_BLOCK if on_cpu else DEVICE_BLOCK
+                for start in range(0, len(flat_out), block):
+                    blocks, part = [flat[start : start + block] for flat in flats], flat_out[start : start + block]
+                    if on_cpu and threads > 1 and len(flat_out) > block:
+                        pending.append(pool.submit(run, blocks, part))
+                    else:
+                        run(blocks, part)
+            for future in pending:
+                future.result()
+    finally:
+        torch.set_num_threads(threads)  # the workers' setting is also that of threads to come
 
 
 def accumulators(weights: Mapping[str, Tensor], *, wide: bool = False) -> dict[str, Tensor]:
@@ -199,8 +215,10 @@ def accumulators(weights: Mapping[str, Tensor], *, wide: bool = False) -> dict[s
 def rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """``tensor`` in ``dtype``, rounded once; itself if that is its dtype."""
     if tensor.dtype in WIDE and accumulator_dtype(dtype) is not dtype:
-        # Conversion alone would round twice; and mean works block by block.
-        return mean([tensor], torch.empty(tensor.shape, dtype=dtype, device=tensor.device))
+        # Conversion alone would round twice.
+        out = torch.empty(tensor.shape, dtype=dtype, device=tensor.device)
+        combine([([tensor], out)])
+        return out
     return tensor.to(dtype)
 
 

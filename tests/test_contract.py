@@ -29,6 +29,7 @@ atexit.register(FOLDERS.cleanup)
 TABLE = {
     "lawa": lambda **o: LAWA(k=3, every=2, **o),
     "lawa-device": lambda **o: LAWA(k=3, every=2, memory="device", **o),
+    "lawa-windows": lambda **o: LAWA(k=(2, 4), every=2, **o),
     "lawa-pinned": lambda **o: LAWA(k=3, every=2, memory="pinned", **o),
     "ema": lambda **o: EMA(0.9, **o),
     "ema-strided": lambda **o: EMA(half_life=5, every=3, **o),

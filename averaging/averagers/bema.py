@@ -114,10 +114,12 @@ class BEMA(Averager):
         assert self._latest is not None
         alpha = self._power(self.eta, self.absorbed_step)
         start, latest = self._memory[START], self._memory[self._latest]
-        average = {}
-        for name, ema in self._ema.items():
-            out = torch.empty(ema.shape, dtype=self._average_dtype(name, rounded), device=ema.device)
-            average[name] = kernels.combine([ema, latest[name], start[name]], out, [1.0, alpha, -alpha])
+        average = {
+            name: torch.empty(ema.shape, dtype=self._average_dtype(name, rounded), device=ema.device)
+            for name, ema in self._ema.items()
+        }
+        groups = (([ema, latest[name], start[name]], average[name]) for name, ema in self._ema.items())
+        kernels.combine(groups, [1.0, alpha, -alpha])
         return average
 
     def tensors(self) -> Mapping[str, Weights]:

@@ -11,7 +11,8 @@ Ajroldi, Orvieto and Geiping 2025, "When, Where and Why to Average Weights?" (ar
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     import os
     from pathlib import Path
 
+    from averaging.averager import Average
     from averaging.weights import Weights
 
 
@@ -35,11 +37,13 @@ class LAWA(Averager):
     The mean is exact: each entry is the float64 mean of the snapshots, rounded once. It is cached until the next
     absorption. Until ``k`` snapshots have been absorbed it is the mean of those there are.
 
-    Costs ``k`` copies of the weights in ``memory``, plus one while an average is in use; an absorption is one
-    copy of the weights. Saved states share the files of the snapshots, so that each is written once.
+    Costs ``k`` copies of the weights in ``memory`` (of several, the largest), plus one while an average is in use; an
+    absorption is one copy of the weights. Saved states share the files of the snapshots, so that each is written once.
 
     Args:
-        k: snapshots averaged, at least 1.
+        k: snapshots averaged, at least 1. Several numbers make an average of each, ``(5, 10, 20)`` those named
+            ``lawa-5``, ``lawa-10`` and ``lawa-20``, all from one ring of as many snapshots as the largest needs: see
+            `views`. The first one leads, and is what ``window`` and `average` are about.
         every: optimizer steps between snapshots (or ``"epoch"``, or a fraction of the run).
         window: instead of ``every``, the length of training that the ``k`` snapshots span together. The default
             is 1 % of the run, so that ``every`` is 1 % of the run divided by ``k``; it needs the run's length,
@@ -54,14 +58,14 @@ class LAWA(Averager):
         start, name, frozen, buffers: as in `Averager`.
 
     Raises:
-        ValueError: k < 1, unknown weights, or both ``every`` and ``window``.
+        ValueError: k < 1 or twice the same, unknown weights, or both ``every`` and ``window``.
     """
 
     immutable: ClassVar[bool] = True
 
     def __init__(
         self,
-        k: int = 5,
+        k: int | Sequence[int] = 5,
         *,
         every: Span | None = None,
         window: Span | None = None,
@@ -72,17 +76,22 @@ class LAWA(Averager):
         frozen: bool = False,
         buffers: bool = False,
     ) -> None:
-        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-            raise ValueError(f"k={k!r}: LAWA averages a whole number of snapshots, at least 1")
+        self._several = isinstance(k, Sequence)
+        self.windows = tuple(k) if isinstance(k, Sequence) else (k,)
+        for length in self.windows:
+            if isinstance(length, bool) or not isinstance(length, int) or length < 1:
+                raise ValueError(f"k={k!r}: LAWA averages a whole number of snapshots, at least 1")
+        if not self.windows or len(set(self.windows)) < len(self.windows):
+            raise ValueError(f"k={k!r}: give one number of snapshots, or several different ones")
         if every is not None and window is not None:
             raise ValueError("give either every (the spacing of the snapshots) or window (k times that), not both")
         check_decay(weights)
-        self.k = k
+        self.k = self.windows[0]
         self.weights = weights
         self.window = Length.parse("1%" if window is None else window, "window")
         self._memory = open_memory(memory)
         self._keys: list[str] = []
-        self._cache: dict[bool, Weights] = {}
+        self._cache: dict[tuple[int, bool], Weights] = {}
         super().__init__(every=every, start=start, name=name, frozen=frozen, buffers=buffers)
 
     def default_every(self, run: Run) -> Length:
@@ -97,25 +106,36 @@ class LAWA(Averager):
 
     def absorb(self, weights: Weights, step: int) -> None:
         key = f"snapshot-{step:012d}"
-        oldest = self._keys[0] if len(self._keys) == self.k else None
+        oldest = self._keys[0] if len(self._keys) == max(self.windows) else None
         self._memory.store(key, weights, recycle=oldest)
         self._keys = [*(self._keys[1:] if oldest else self._keys), key]
         self._cache.clear()
 
     def average(self, *, rounded: bool = False) -> Weights:
+        return self.mean(self.k, rounded=rounded)
+
+    def mean(self, k: int, *, rounded: bool = False) -> Weights:
+        """The mean of the latest ``k`` snapshots; `average` is that of the first window."""
         self._require_average()
         assert self._layout is not None
-        if rounded not in self._cache:
-            snapshots = [self._memory[key] for key in self._keys]
+        if (k, rounded) not in self._cache:
+            snapshots = [self._memory[key] for key in self._keys[-k:]]
             coefficients = None if self.weights == "linear" else decay_weights(self.weights, len(snapshots))
-            average = {}
+            divisor = len(snapshots) if coefficients is None else math.fsum(coefficients)
+            groups = {}
             for name in self._layout:
                 tensors = [snapshot[name] for snapshot in snapshots]
                 dtype = self._average_dtype(name, rounded)
-                out = torch.empty(tensors[0].shape, dtype=dtype, device=tensors[0].device)
-                average[name] = kernels.mean(tensors, out, coefficients)
-            self._cache = {rounded: average}
-        return self._cache[rounded]
+                groups[name] = (tensors, torch.empty(tensors[0].shape, dtype=dtype, device=tensors[0].device))
+            kernels.combine(groups.values(), coefficients, divisor)
+            average = {name: out for name, (_, out) in groups.items()}
+            self._cache = {(k, rounded): average}
+        return self._cache[k, rounded]
+
+    def views(self) -> Mapping[str, Average]:
+        if not self._several:
+            return super().views()
+        return {f"{self.name}-{k}": Window(self, k) for k in self.windows}
 
     def tensors(self) -> Mapping[str, Weights]:
         return {key: self._memory[key] for key in self._keys}
@@ -124,7 +144,22 @@ class LAWA(Averager):
         self._memory.save(group, file)
 
     def restore(self, tensors: Mapping[str, Weights], numbers: Mapping[str, Any]) -> None:
-        keys = sorted(tensors)[-self.k :]
+        keys = sorted(tensors)[-max(self.windows) :]
         self._memory.restore({key: tensors[key] for key in keys})
         self._keys = keys
         self._cache.clear()
+
+
+class Window:
+    """The mean of the latest ``k`` snapshots of a `LAWA` that keeps more."""
+
+    def __init__(self, ring: LAWA, k: int) -> None:
+        self._ring = ring
+        self._k = k
+
+    @property
+    def ready(self) -> bool:
+        return self._ring.ready
+
+    def average(self, *, rounded: bool = False) -> Weights:
+        return self._ring.mean(self._k, rounded=rounded)
