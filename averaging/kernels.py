@@ -172,9 +172,11 @@ def combine(
         divisor: what the sum is divided by.
     """
     combiners = threading.local()
+    mode = torch.inference_mode if torch.is_inference_mode_enabled() else torch.no_grad  # is each thread's own
 
     def run(blocks: list[Tensor], out: Tensor) -> None:
-        combiners.__dict__.setdefault("own", Combiner())(blocks, out, coefficients, divisor)
+        with mode():
+            combiners.__dict__.setdefault("own", Combiner())(blocks, out, coefficients, divisor)
 
     threads = torch.get_num_threads()
     try:

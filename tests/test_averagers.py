@@ -43,6 +43,20 @@ def test_lawa_is_the_rounded_float64_mean_of_the_last_k(dtype, memory, steps, tm
     assert torch.equal(average, exact.to(torch.promote_types(dtype, torch.float32)))
 
 
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+def test_lawa_of_large_tensors_in_any_grad_mode(mode):
+    """Blocks of large tensors go to other threads, for which the caller's mode does not count by itself."""
+    averager, threads = LAWA(k=3, every=1), torch.get_num_threads()
+    snapshots = [{"large": torch.randn(2, 200_003), "small": torch.randn(7)} for _ in range(3)]
+    for step, snapshot in enumerate(snapshots, 1):
+        averager.update(snapshot, step)
+    with mode():
+        average = averager.average()
+    for name, tensor in average.items():
+        assert torch.equal(tensor, torch.stack([s[name].double() for s in snapshots]).mean(0).float())
+    assert torch.get_num_threads() == threads
+
+
 def test_lawa_forgets_a_nonfinite_snapshot_once_it_has_left_the_window():
     snapshots = stream(12)
     snapshots[5]["w"][0] = math.inf
