@@ -10,11 +10,12 @@ needs: 10³ to 10⁴ samples.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import random
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -23,15 +24,17 @@ import torch
 from torch import distributed, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
+from torch.utils.data import DataLoader, IterableDataset
 
 from averaging.apply import applied, load_into
 from averaging.kernels import accumulator_dtype
+from averaging.randomness import random_state
 from averaging.weights import every_name, unwrap
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from averaging.averager import Averager
+    from averaging.averager import Average, Averager
     from averaging.weights import Weights
 
 Forward = Callable[[nn.Module, Any], Any]
@@ -139,7 +142,7 @@ def statistics(
         # Trainers evaluate in inference mode, whose tensors could not be written to later.
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
-        stack.enter_context(random_state_kept())
+        stack.callback(random_state())
         stack.enter_context(_collecting(model, layers))
         batches = islice(batches, limit)
         if any(isinstance(layer, nn.SyncBatchNorm) for layer in layers):
@@ -260,14 +263,140 @@ def _reduce(collected: list[list[Tensor]], device: torch.device) -> None:
             variance.copy_(second)
 
 
+# ---------------------------------------------------------------------- within a trainer's run
+
+
+class Recalibration:
+    """Statistics for the averages of a run, each recomputed when the average is used and has changed since.
+
+    The training data are read from their beginning each time, from the same random state, so that an average gets the
+    same statistics whenever it is used.
+
+    Args:
+        model: the model being trained.
+        batches: opens a pass over the training batches that training does not notice; see `unnoticed`.
+        forward: the call that training makes; see `recalibrate`.
+        limit: batches at most.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Callable[[], AbstractContextManager[Iterable[Any]]],
+        forward: Forward,
+        limit: int,
+    ) -> None:
+        self._model = model
+        self._batches = batches
+        self._forward = forward
+        self._limit = limit
+        self._layers = batchnorm_layers(model)
+        self._trained = self._layers
+        self._known: dict[str, tuple[list[Any], Weights]] = {}
+
+    def notice_frozen_layers(self) -> None:
+        """Look, after a training step, which layers collect statistics; those kept in evaluation mode keep theirs."""
+        trained = [layer for layer in self._layers if layer.training]
+        if len(trained) != len(self._trained):
+            self._trained = trained
+            self._known.clear()
+
+    def check(self) -> None:
+        """Raise here, at the beginning, what would otherwise be raised when the first average is used."""
+        self._measure(limit=1)
+
+    def __call__(self, name: str, average: Average) -> Average:
+        """``average`` with its statistics; ``name`` tells the averages of the run apart."""
+        return _Recalibrated(self, name, average)
+
+    def statistics(self, name: str, average: Weights) -> Weights:
+        """The statistics for ``average``, which is in the dtype of the model's weights."""
+        # An average may change without an absorption, and comparing with a copy would take the memory of one.
+        sums = [
+            tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float64)).item() for tensor in average.values()
+        ]
+        known = self._known.get(name)
+        if known is None or known[0] != sums:
+            with applied(self._model, average):
+                known = self._known[name] = sums, self._measure(self._limit)
+        return known[1]
+
+    def _measure(self, limit: int) -> Weights:
+        bring_back = random_state()
+        seed = distributed.get_rank() if _distributed() else 0  # each process draws batches of its own
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.default_generator.manual_seed(seed)
+        try:
+            with self._batches() as batches:
+                return statistics(self._model, batches, limit=limit, forward=self._forward, layers=self._trained)
+        finally:
+            bring_back()
+
+
+class _Recalibrated:
+    """An average together with BatchNorm statistics for it."""
+
+    def __init__(self, recalibration: Recalibration, name: str, average: Average) -> None:
+        self._recalibration, self._name, self._average = recalibration, name, average
+
+    @property
+    def ready(self) -> bool:
+        return self._average.ready
+
+    def average(self, *, rounded: bool = False) -> Weights:
+        weights = self._average.average(rounded=True)
+        fresh = self._recalibration.statistics(self._name, weights)
+        return {**(weights if rounded else self._average.average()), **fresh}
+
+
 @contextmanager
-def random_state_kept() -> Iterator[None]:
-    """Python's, numpy's and torch's random state are after the block what they were before."""
-    python, numpy = random.getstate(), np.random.get_state()
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
+def unnoticed(loaders: Iterable[Any]) -> Iterator[list[Any]]:
+    """Within the block, copies of data loaders that can be iterated over while training iterates over the loaders.
+
+    What iterating changes in loaders, samplers and datasets, their random generators above all, is put back.
+
+    Raises:
+        ValueError: data that can be iterated over only once.
+    """
+    loaders = list(loaders)
+    copies = [_copied(loader) for loader in loaders]
+    parts, seen = [*loaders], set()
+    with ExitStack() as afterwards:
+        for part in parts:
+            if id(part) in seen:
+                continue
+            seen.add(id(part))
+            for value in getattr(part, "__dict__", {}).values():
+                if isinstance(value, torch.Generator):
+                    afterwards.callback(value.set_state, value.get_state())
+                    value.manual_seed(0)
+                elif isinstance(value, np.random.RandomState):
+                    afterwards.callback(value.set_state, value.get_state())
+                elif isinstance(value, np.random.Generator):
+                    afterwards.callback(setattr, value.bit_generator, "state", value.bit_generator.state)
+                elif isinstance(value, random.Random):
+                    afterwards.callback(value.setstate, value.getstate())
+            for role in ("dataset", "sampler", "batch_sampler"):
+                inner = getattr(part, role, None)
+                if hasattr(inner, "__dict__"):
+                    parts.append(inner)
+                    if role != "dataset":  # samplers may count their epochs
+                        afterwards.callback(vars(inner).update, dict(vars(inner)))
+        yield copies
+
+
+def _copied(loader: Any) -> Any:
+    """A loader of the same data that shares no iterator with ``loader``."""
+    data = loader
+    if isinstance(loader, DataLoader):
+        loader = copy.copy(loader)
+        loader._iterator = None  # that of persistent workers, which training is using
+        data = loader.dataset
+        if isinstance(data, IterableDataset):
+            vars(loader)["dataset"] = copy.copy(data)  # may count what it has yielded
+        else:
+            return loader
+    if any(isinstance(part, Iterator) for part in (data, *getattr(data, "__dict__", {}).values())):
+        raise ValueError(f"the training data ({type(data).__name__}) can be iterated over only once")
+    return loader

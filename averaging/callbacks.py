@@ -7,13 +7,12 @@ out its arguments, and one line in either adapter.
 from __future__ import annotations
 
 import os
-import random
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from numbers import Real
 from typing import Any, ClassVar, Literal, TypeVar
 
-import numpy
 import torch
 from torch import nn
 
@@ -21,6 +20,7 @@ import averaging
 from averaging.apply import load_into
 from averaging.averager import Average, Averager
 from averaging.averagers.ema import Warmup
+from averaging.batchnorm import LIMIT, Recalibration, batchnorm_layers
 from averaging.decay import Decay
 from averaging.learning_rate import AnnealStrategy, Rates, SWALearningRate
 from averaging.schedule import Span
@@ -49,6 +49,10 @@ class CallbackCore:
             exactly from either.
         missing: what to do when training resumes from a checkpoint without the average's state: ``"error"``,
             or ``"start"`` a new average there.
+        batchnorm: where the model has BatchNorm layers, their running statistics are recomputed for each average from
+            this many batches of the training data when the average is evaluated, saved or left in the model; once for
+            each average and absorption, at the cost of a forward pass per batch. 0 leaves the average with the
+            statistics of the online weights, and so does ``buffers=True`` with those averaged along.
 
     Raises:
         TypeError: something that is not an averager.
@@ -57,6 +61,7 @@ class CallbackCore:
 
     framework: ClassVar[str]
     learning_rate: SWALearningRate | None = None
+    recalibration: Recalibration | None = None
 
     def __init__(
         self,
@@ -64,6 +69,7 @@ class CallbackCore:
         evaluate: Evaluate = "average",
         checkpoint: Checkpoint = "online",
         missing: Literal["error", "start"] = "error",
+        batchnorm: int = LIMIT,
     ) -> None:
         if not averagers:
             raise ValueError("give at least one averager: AveragingCallback(EMA(0.999))")
@@ -82,10 +88,13 @@ class CallbackCore:
                 'SWAD begins and ends by the loss of the weights being trained: give evaluate="both" to measure it '
                 'beside the average\'s, or "online"'
             )
+        if isinstance(batchnorm, bool) or batchnorm < 0:
+            raise ValueError(f"batchnorm={batchnorm!r}: give a number of batches, 0 for none")
         self.averagers = list(averagers)
         self.evaluate = evaluate
         self.checkpoint = checkpoint
         self.missing = missing
+        self.batchnorm = batchnorm
         by_name(self.averagers)
 
     @property
@@ -101,7 +110,39 @@ class CallbackCore:
     @property
     def average(self) -> Average | None:
         """The leading average; None where nothing is averaged."""
-        return by_name(self.averagers).get(self.leader)
+        return self.averages(self.averagers).get(self.leader)
+
+    def averages(self, averagers: Iterable[Averager]) -> dict[str, Average]:
+        """All averages of ``averagers`` by name as models are to hold them: with BatchNorm statistics of their own."""
+        return {
+            name: self.recalibration(name, average) if self.recalibration and not averager.buffers else average
+            for averager in averagers
+            for name, average in averager.views().items()
+        }
+
+    def use_recalibration(
+        self,
+        model: nn.Module,
+        averagers: Iterable[Averager],
+        batches: Callable[[], AbstractContextManager[Iterable[Any]]],
+        forward: Callable[[nn.Module, Any], Any],
+    ) -> None:
+        """If ``model`` has BatchNorm layers, let `averages` have statistics of their own; see `Recalibration`."""
+        self.recalibration = None
+        wanting = any(averager.views() and not averager.buffers for averager in averagers)
+        if not (self.batchnorm and wanting and batchnorm_layers(model)):
+            return
+        recalibration = Recalibration(model, batches, forward, self.batchnorm)
+        try:
+            recalibration.check()
+        except Exception as error:
+            warnings.warn(
+                "the averages will have the BatchNorm statistics of the online weights, as they cannot be recomputed "
+                f"({error}). Pass batchnorm=0 if that is intended, or buffers=True to average the statistics",
+                stacklevel=3,
+            )
+        else:
+            self.recalibration = recalibration
 
     def beside(self, names: Iterable[str]) -> list[str]:
         """What evaluations measure beside what has the usual names: of all averages' ``names``, and ``"online"``."""
@@ -114,6 +155,8 @@ class CallbackCore:
 
     def offer(self, model: nn.Module, step: int, epoch: float | None) -> None:
         """Offer the weights after an optimizer step, and write back what an averager wants training to go on from."""
+        if self.recalibration is not None:
+            self.recalibration.notice_frozen_layers()
         for averager in self.averagers:
             restart = averager.update(model, step, epoch=epoch)
             if restart is not None:
@@ -127,9 +170,9 @@ class CallbackCore:
 
     def warn_ignored(self, leader: CallbackCore) -> None:
         """Say so if this callback, which does not lead, was given options that only the leading one obeys."""
-        if (self.evaluate, self.checkpoint) != ("average", "online"):
+        if (self.evaluate, self.checkpoint, self.batchnorm) != ("average", "online", LIMIT):
             warnings.warn(
-                f"evaluate= and checkpoint= of the callback for {self.averager.name!r} are ignored: "
+                f"evaluate=, checkpoint= and batchnorm= of the callback for {self.averager.name!r} are ignored: "
                 f"the first averaging callback, for {leader.leader!r}, leads",
                 stacklevel=3,
             )
@@ -205,22 +248,6 @@ def leading(callbacks: Sequence[C]) -> C:
     return next((callback for callback in callbacks if callback.average is not None), callbacks[0])
 
 
-def random_state() -> Callable[[], None]:
-    """Remember where the random generators stand, of Python, NumPy and torch; calling the result brings them back."""
-    python, legacy, cpu = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
-    device: Any = torch.get_device_module() if torch.accelerator.is_available() else None
-    accelerator = device.get_rng_state() if device else None
-
-    def bring_back() -> None:
-        random.setstate(python)
-        numpy.random.set_state(legacy)
-        torch.set_rng_state(cpu)
-        if device:
-            device.set_rng_state(accelerator)
-
-    return bring_back
-
-
 class BEMASettings(CallbackCore):
     """The arguments of `averaging.BEMA` and of `CallbackCore`."""
 
@@ -240,6 +267,7 @@ class BEMASettings(CallbackCore):
         evaluate: Evaluate = "average",
         checkpoint: Checkpoint = "online",
         missing: Literal["error", "start"] = "error",
+        batchnorm: int = LIMIT,
     ) -> None:
         averager = averaging.BEMA(
             kappa,
@@ -253,7 +281,7 @@ class BEMASettings(CallbackCore):
             frozen=frozen,
             buffers=buffers,
         )
-        super().__init__(averager, evaluate=evaluate, checkpoint=checkpoint, missing=missing)
+        super().__init__(averager, evaluate=evaluate, checkpoint=checkpoint, missing=missing, batchnorm=batchnorm)
 
 
 class SWADSettings(CallbackCore):
@@ -274,6 +302,7 @@ class SWADSettings(CallbackCore):
         evaluate: Evaluate = "both",
         checkpoint: Checkpoint = "online",
         missing: Literal["error", "start"] = "error",
+        batchnorm: int = LIMIT,
     ) -> None:
         averager = averaging.SWAD(
             optimum_patience,
@@ -286,7 +315,7 @@ class SWADSettings(CallbackCore):
             frozen=frozen,
             buffers=buffers,
         )
-        super().__init__(averager, evaluate=evaluate, checkpoint=checkpoint, missing=missing)
+        super().__init__(averager, evaluate=evaluate, checkpoint=checkpoint, missing=missing, batchnorm=batchnorm)
 
 
 class LAWASettings(CallbackCore):
@@ -307,6 +336,7 @@ class LAWASettings(CallbackCore):
         evaluate: Evaluate = "average",
         checkpoint: Checkpoint = "online",
         missing: Literal["error", "start"] = "error",
+        batchnorm: int = LIMIT,
     ) -> None:
         averager = averaging.LAWA(
             k,
@@ -319,7 +349,7 @@ class LAWASettings(CallbackCore):
             frozen=frozen,
             buffers=buffers,
         )
-        super().__init__(averager, evaluate=evaluate, checkpoint=checkpoint, missing=missing)
+        super().__init__(averager, evaluate=evaluate, checkpoint=checkpoint, missing=missing, batchnorm=batchnorm)
 
 
 class EMASettings(CallbackCore):
@@ -343,6 +373,7 @@ class EMASettings(CallbackCore):
         evaluate: Evaluate = "average",
         checkpoint: Checkpoint = "online",
         missing: Literal["error", "start"] = "error",
+        batchnorm: int = LIMIT,
     ) -> None:
         averager = averaging.EMA(
             decay,
@@ -358,7 +389,7 @@ class EMASettings(CallbackCore):
             frozen=frozen,
             buffers=buffers,
         )
-        super().__init__(averager, evaluate=evaluate, checkpoint=checkpoint, missing=missing)
+        super().__init__(averager, evaluate=evaluate, checkpoint=checkpoint, missing=missing, batchnorm=batchnorm)
 
 
 class SWASettings(CallbackCore):
@@ -390,6 +421,7 @@ class SWASettings(CallbackCore):
         evaluate: Evaluate = "average",
         checkpoint: Checkpoint = "online",
         missing: Literal["error", "start"] = "error",
+        batchnorm: int = LIMIT,
     ) -> None:
         if swa_lr is not None:
             self.learning_rate = SWALearningRate(
@@ -399,7 +431,7 @@ class SWASettings(CallbackCore):
             raise ValueError("cycle and max_lr are about the learning rate during SWA: give swa_lr=, too")
         every = cycle if every is None else every
         averager = averaging.SWA(start, every=every, name=name, frozen=frozen, buffers=buffers)
-        super().__init__(averager, evaluate=evaluate, checkpoint=checkpoint, missing=missing)
+        super().__init__(averager, evaluate=evaluate, checkpoint=checkpoint, missing=missing, batchnorm=batchnorm)
 
 
 class PostHocEMASettings(CallbackCore):
@@ -419,11 +451,12 @@ class PostHocEMASettings(CallbackCore):
         evaluate: Evaluate = "average",
         checkpoint: Checkpoint = "online",
         missing: Literal["error", "start"] = "error",
+        batchnorm: int = LIMIT,
     ) -> None:
         averager = averaging.PostHocEMA(
             folder, widths, snapshots=snapshots, every=every, start=start, name=name, frozen=frozen, buffers=buffers
         )
-        super().__init__(averager, evaluate=evaluate, checkpoint=checkpoint, missing=missing)
+        super().__init__(averager, evaluate=evaluate, checkpoint=checkpoint, missing=missing, batchnorm=batchnorm)
 
 
 class TrajectorySettings(CallbackCore):

@@ -11,8 +11,9 @@ import secrets
 import shutil
 import sys
 import warnings
-from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from glob import escape, glob
 from pathlib import Path
 from typing import Any, ClassVar
@@ -24,10 +25,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
+from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from torchmetrics import Metric
 
 from averaging.apply import applied, load_into
 from averaging.averager import Average, Averager
+from averaging.batchnorm import unnoticed
 from averaging.callbacks import (
     ONLINE,
     BEMASettings,
@@ -41,9 +46,9 @@ from averaging.callbacks import (
     by_name,
     home,
     leading,
-    random_state,
 )
-from averaging.weights import Weights, first_names, named_weights
+from averaging.randomness import random_state
+from averaging.weights import Weights, every_name, first_names
 
 __all__ = ["BEMA", "EMA", "LAWA", "SWA", "SWAD", "AveragingCallback", "PostHocEMA", "Trajectory", "load_average"]
 
@@ -77,7 +82,9 @@ class AveragingCallback(CallbackCore, Callback):
     _online: Weights | None = None  # the weights being trained, while the model holds the average
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in ("_evaluation", "_rewind")}
+        return {
+            key: value for key, value in self.__dict__.items() if key not in ("_evaluation", "_rewind", "recalibration")
+        }
 
     # ------------------------------------------------------------------ fit
 
@@ -120,7 +127,9 @@ class AveragingCallback(CallbackCore, Callback):
             averager.bind(pl_module)
             if not averager.absorbed:
                 averager.update(pl_module, averager.step, epoch=averager.epoch)
-
+        if self._leads(trainer):
+            data, step = partial(_training_batches, trainer, pl_module), partial(_training_step, trainer)
+            self.use_recalibration(pl_module, self._all_averagers(trainer), data, step)
         if self.learning_rate is not None and len(trainer.optimizers) > 1:
             warnings.warn(f"swa_lr sets the learning rate of all {len(trainer.optimizers)} optimizers", stacklevel=2)
 
@@ -143,8 +152,8 @@ class AveragingCallback(CallbackCore, Callback):
         if not self.average.ready:
             self.warn_no_average()
             return
-        own = named_weights(pl_module, frozen=True, buffers=True)
-        online = {name: own[name].to("cpu", copy=True) for name in self.average.average(rounded=True)}
+        own = dict(every_name(pl_module))
+        online = {name: own[name].detach().to("cpu", copy=True) for name in self.average.average(rounded=True)}
         load_into(pl_module, self.average)
         self._online = online
 
@@ -163,7 +172,7 @@ class AveragingCallback(CallbackCore, Callback):
         if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
             return
         if self._rewind is not None:  # this callback leads
-            averages = by_name(self._all_averagers(trainer))
+            averages = self.averages(self._all_averagers(trainer))
             for name in self.beside(averages):
                 with nullcontext() if name == ONLINE else applied(pl_module, averages[name]):
                     _validate_again(trainer, f"{name}_", self._rewind)
@@ -185,7 +194,7 @@ class AveragingCallback(CallbackCore, Callback):
         state_dict = checkpoint["state_dict"]
         beside = isinstance(trainer.strategy.checkpoint_io, _CheckpointIO)
         averages: dict[str, dict[str, Any]] = {}
-        for name, average in by_name(averagers := self._all_averagers(trainer)).items():
+        for name, average in self.averages(averagers := self._all_averagers(trainer)).items():
             weights = average.average(rounded=True) if average.ready else {}
             averages[name] = {"average": _entries(pl_module, state_dict, weights)}
         for averager in averagers:
@@ -369,8 +378,45 @@ def _holds(module: LightningModule, average: Average | None) -> bool:
     """Whether ``module`` holds the average, bit for bit."""
     if average is None or not average.ready:
         return False
-    own = named_weights(module, frozen=True, buffers=True)
+    own = dict(every_name(module))
     return all(torch.equal(own[name].cpu(), t.cpu()) for name, t in average.average(rounded=True).items())
+
+
+@contextmanager
+def _training_batches(trainer: Any, module: LightningModule) -> Iterator[Iterator[Any]]:
+    """A pass over the training data, in which training steps leave no trace in logs and metrics."""
+    if not module.automatic_optimization:
+        raise ValueError("with manual optimization the training step steps the optimizers")
+    running = trainer.fit_loop._combined_loader
+    parts = [part for part in module.modules() if isinstance(part, LightningModule)]
+    kept = [(vars(m), {**vars(m), **m._copy_state_dict()}) for m in module.modules() if isinstance(m, Metric)]
+    lists = [(value, value.copy()) for value in vars(module).values() if isinstance(value, list)]
+    stage, loggers = trainer.state.stage, trainer.loggers
+    with unnoticed(running.flattened) as loaders:
+        combined = CombinedLoader(running.iterables, running._mode)
+        combined.flattened = loaders
+        try:
+            trainer.state.stage, trainer.loggers = RunningStage.TRAINING, [DummyLogger()]
+            for part in parts:
+                vars(part)["log"] = vars(part)["log_dict"] = lambda *_, **__: None
+            yield (batch for batch, _, _ in combined)
+        finally:
+            trainer.state.stage, trainer.loggers = stage, loggers
+            for part in parts:
+                del vars(part)["log"], vars(part)["log_dict"]
+            for attributes, values in kept:
+                attributes.update(values)
+            for value, copy in lists:
+                value[:] = copy
+
+
+def _training_step(trainer: Any, module: LightningModule, batch: Any) -> None:
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
+    batch = call._call_strategy_hook(trainer, "batch_to_device", batch, dataloader_idx=0)
+    arguments = trainer.fit_loop.epoch_loop._build_kwargs({}, batch, 0)
+    with trainer.precision_plugin.train_step_context():
+        module.training_step(*arguments.values())
 
 
 class _SameNumbers(Callback):

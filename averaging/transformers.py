@@ -16,16 +16,18 @@ import math
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
+from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from averaging.apply import applied, load_into
 from averaging.atomic import replacing
 from averaging.averager import Averager
+from averaging.batchnorm import unnoticed
 from averaging.callbacks import (
     ONLINE,
     BEMASettings,
@@ -39,8 +41,8 @@ from averaging.callbacks import (
     by_name,
     home,
     leading,
-    random_state,
 )
+from averaging.randomness import random_state
 
 __all__ = ["BEMA", "EMA", "LAWA", "SWA", "SWAD", "AveragingCallback", "PostHocEMA", "Trajectory"]
 
@@ -69,7 +71,7 @@ class AveragingCallback(CallbackCore, TrainerCallback):
         return [*callbacks, self]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_detach"}
+        return {key: value for key, value in self.__dict__.items() if key not in ("_detach", "recalibration")}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -95,6 +97,8 @@ class AveragingCallback(CallbackCore, TrainerCallback):
             if args.should_save:
                 for averager in averagers:
                     averager.keep_template(lambda folder: trainer.save_model(str(folder), _internal_call=True))
+            forward = functools.partial(_training_forward, trainer)
+            self.use_recalibration(trainer.model, averagers, _training_data(trainer), forward)
             self._attach(trainer, averagers)
         else:
             self.warn_ignored(leader)
@@ -140,7 +144,7 @@ class AveragingCallback(CallbackCore, TrainerCallback):
             if (chosen := self._chosen_by(trainer, names)) != ONLINE:
                 averager = next(averager for averager in averagers if chosen in averager.views())
                 averager.load(best / home(averager))
-                load_into(trainer.model, averager.views()[chosen])
+                load_into(trainer.model, self.averages([averager])[chosen])
         elif self.average is not None:
             load_into(kwargs["model"], self.average)
             if not self.average.ready:
@@ -165,7 +169,7 @@ class AveragingCallback(CallbackCore, TrainerCallback):
         if self._detach is not None:
             self._detach()  # the run before ended with an exception
         evaluation_loop, save_model = trainer.evaluation_loop, trainer.save_model
-        signature, averages = inspect.signature(evaluation_loop), by_name(averagers)
+        signature, averages = inspect.signature(evaluation_loop), self.averages(averagers)
 
         def holding(name: str) -> AbstractContextManager[Any]:
             return nullcontext() if name == ONLINE else applied(trainer.model, averages[name])
@@ -189,6 +193,10 @@ class AveragingCallback(CallbackCore, TrainerCallback):
 
         @functools.wraps(save_model)
         def save(output_dir: str | None = None, _internal_call: bool = False, **kwargs: Any) -> None:
+            if _internal_call and self.recalibration is not None:
+                for average in averages.values():  # in which all processes take part, though one saves
+                    if average.ready:
+                        average.average(rounded=True)
             if not (_internal_call and output_dir and trainer.args.should_save):
                 save_model(output_dir, _internal_call=_internal_call, **kwargs)
                 return
@@ -267,6 +275,32 @@ def _measure(trainer: Any, evaluation_loop: Any, call: inspect.BoundArguments) -
         for name, value in {**metrics, **output.metrics}.items()
         if not name.endswith("_model_preparation_time")
     }
+
+
+def _training_data(trainer: Any) -> Callable[[], AbstractContextManager[Any]]:
+    @functools.cache
+    def loader() -> Any:
+        bring_back = random_state()
+        # As it is before accelerate prepares it: the loaders that accelerate has prepared know of each other.
+        vars(trainer.accelerator)["prepare"] = lambda loader, **_: loader
+        try:
+            return trainer.get_train_dataloader()
+        finally:
+            del vars(trainer.accelerator)["prepare"]
+            bring_back()
+
+    @contextmanager
+    def batches() -> Iterator[Any]:
+        with unnoticed([loader()]) as [own]:
+            yield own
+
+    return batches
+
+
+def _training_forward(trainer: Any, model: nn.Module, batch: Any) -> None:
+    inputs = trainer._prepare_inputs(batch)
+    with trainer.compute_loss_context_manager():
+        trainer.compute_loss(model, inputs)
 
 
 def _length(dataloader: Any) -> int | None:
