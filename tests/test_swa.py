@@ -133,7 +133,7 @@ def hugging_face(folder: Path, settings: dict, resume: Path | None = None, stop:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-@pytest.mark.filterwarnings("ignore:training ended before 'swa' absorbed")
+@pytest.mark.filterwarnings("ignore:training ended before there was an average 'swa'")
 class TestTransformers:
     @every_case
     def test_is_swalr_and_is_what_is_logged(self, settings, expected, tmp_path):
