@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from averaging.apply import applied, load_into
     from averaging.averager import Averager
     from averaging.averagers.bema import BEMA
+    from averaging.averagers.elastic_reset import ElasticReset
     from averaging.averagers.ema import EMA
     from averaging.averagers.lawa import LAWA
     from averaging.averagers.post_hoc_ema import PostHocEMA
@@ -29,6 +30,7 @@ __version__ = "0.1.0"
 _HOME = {
     "BEMA": "averaging.averagers.bema",
     "EMA": "averaging.averagers.ema",
+    "ElasticReset": "averaging.averagers.elastic_reset",
     "LAWA": "averaging.averagers.lawa",
     "PostHocEMA": "averaging.averagers.post_hoc_ema",
     "SWA": "averaging.averagers.swa",
@@ -51,6 +53,7 @@ __all__ = [
     "SWA",
     "SWAD",
     "Averager",
+    "ElasticReset",
     "PostHocEMA",
     "Trajectory",
     "Weights",

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Literal, Protocol, Self
 
 import torch
 from torch import nn
@@ -32,6 +32,8 @@ class Average(Protocol):
     def average(self, *, rounded: bool = False) -> Weights:
         """As `Averager.average`."""
 
+
+Moments = Literal["kept", "reset"]
 
 STATE_FILE = "averaging.json"
 STATE_VERSION = 1
@@ -67,6 +69,9 @@ class Averager(ABC):
 
     immutable: ClassVar[bool] = False
     """Whether a group of `tensors`, once there, never changes, so that saved states may share its file."""
+
+    moments: Moments = "kept"
+    """What becomes of the optimizer's state when training goes on from the weights that `update` returned."""
 
     def __init__(
         self,
@@ -357,7 +362,7 @@ class Averager(ABC):
             step, epoch = int(state["step"]), float(state["epoch"])
             absorbed, absorbed_step = int(state["absorbed"]), int(state["absorbed_step"])
             tensors = state["tensors"]
-            if bool(absorbed and self.views()) != bool(tensors):
+            if bool(tensors) > bool(absorbed) or (absorbed and self.views() and not tensors):
                 raise ValueError("the state's counts and tensors contradict each other: it is damaged")
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"this is not the state of an averager, or it is damaged ({error!r})") from error

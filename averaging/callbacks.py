@@ -18,7 +18,7 @@ from torch import nn
 
 import averaging
 from averaging.apply import load_into
-from averaging.averager import Average, Averager
+from averaging.averager import Average, Averager, Moments
 from averaging.averagers.ema import Warmup
 from averaging.batchnorm import LIMIT, Recalibration, batchnorm_layers
 from averaging.decay import Decay
@@ -153,7 +153,7 @@ class CallbackCore:
                 return [ONLINE, *list(names)[1:]]
         return []
 
-    def offer(self, model: nn.Module, step: int, epoch: float | None) -> None:
+    def offer(self, model: nn.Module, optimizers: Iterable[Any], step: int, epoch: float | None) -> None:
         """Offer the weights after an optimizer step, and write back what an averager wants training to go on from."""
         if self.recalibration is not None:
             self.recalibration.notice_frozen_layers()
@@ -161,6 +161,9 @@ class CallbackCore:
             restart = averager.update(model, step, epoch=epoch)
             if restart is not None:
                 load_into(model, restart)
+                if averager.moments == "reset":
+                    for optimizer in optimizers:
+                        optimizer.state.clear()
 
     def set_learning_rate(self, optimizers: Sequence[Any], step: int) -> list[float] | None:
         """Set the learning rate for the next optimizer step, if that is asked for and its time has come."""
@@ -350,6 +353,35 @@ class LAWASettings(CallbackCore):
             buffers=buffers,
         )
         super().__init__(averager, evaluate=evaluate, checkpoint=checkpoint, missing=missing, batchnorm=batchnorm)
+
+
+class ElasticResetSettings(CallbackCore):
+    """The arguments of `averaging.ElasticReset` and of `CallbackCore`."""
+
+    def __init__(
+        self,
+        every: Span,
+        decay: float = 0.995,
+        *,
+        moments: Moments = "kept",
+        memory: str | os.PathLike[str] = "cpu",
+        start: Span = 0,
+        name: str | None = None,
+        frozen: bool = False,
+        buffers: bool = False,
+        missing: Literal["error", "start"] = "error",
+    ) -> None:
+        averager = averaging.ElasticReset(
+            every,
+            decay,
+            moments=moments,
+            memory=memory,
+            start=start,
+            name=name,
+            frozen=frozen,
+            buffers=buffers,
+        )
+        super().__init__(averager, missing=missing)
 
 
 class EMASettings(CallbackCore):

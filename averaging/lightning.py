@@ -37,6 +37,7 @@ from averaging.callbacks import (
     ONLINE,
     BEMASettings,
     CallbackCore,
+    ElasticResetSettings,
     EMASettings,
     LAWASettings,
     PostHocEMASettings,
@@ -50,7 +51,18 @@ from averaging.callbacks import (
 from averaging.randomness import random_state
 from averaging.weights import Weights, every_name, first_names
 
-__all__ = ["BEMA", "EMA", "LAWA", "SWA", "SWAD", "AveragingCallback", "PostHocEMA", "Trajectory", "load_average"]
+__all__ = [
+    "BEMA",
+    "EMA",
+    "LAWA",
+    "SWA",
+    "SWAD",
+    "AveragingCallback",
+    "ElasticReset",
+    "PostHocEMA",
+    "Trajectory",
+    "load_average",
+]
 
 KEY = "averaging"
 """The key of a Lightning checkpoint under which the averages lie."""
@@ -141,7 +153,7 @@ class AveragingCallback(CallbackCore, Callback):
     ) -> None:
         batches = trainer.num_training_batches
         done = (batch_idx + 1) / batches if isinstance(batches, int) else float(trainer.is_last_batch)
-        self.offer(pl_module, trainer.global_step, trainer.current_epoch + done)
+        self.offer(pl_module, trainer.optimizers, trainer.global_step, trainer.current_epoch + done)
         # Once more before the next batch: schedulers have their turn before this, or after it.
         self.set_learning_rate(trainer.optimizers, trainer.global_step)
 
@@ -480,6 +492,10 @@ class SWAD(SWADSettings, AveragingCallback):
 
 class LAWA(LAWASettings, AveragingCallback):
     """`averaging.LAWA` for Lightning's Trainer."""
+
+
+class ElasticReset(ElasticResetSettings, AveragingCallback):
+    """`averaging.ElasticReset` for Lightning's Trainer."""
 
 
 class EMA(EMASettings, AveragingCallback):

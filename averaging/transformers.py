@@ -32,6 +32,7 @@ from averaging.callbacks import (
     ONLINE,
     BEMASettings,
     CallbackCore,
+    ElasticResetSettings,
     EMASettings,
     LAWASettings,
     PostHocEMASettings,
@@ -44,7 +45,7 @@ from averaging.callbacks import (
 )
 from averaging.randomness import random_state
 
-__all__ = ["BEMA", "EMA", "LAWA", "SWA", "SWAD", "AveragingCallback", "PostHocEMA", "Trajectory"]
+__all__ = ["BEMA", "EMA", "LAWA", "SWA", "SWAD", "AveragingCallback", "ElasticReset", "PostHocEMA", "Trajectory"]
 
 
 class AveragingCallback(CallbackCore, TrainerCallback):
@@ -124,7 +125,7 @@ class AveragingCallback(CallbackCore, TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if getattr(kwargs.get("optimizer"), "step_was_skipped", False):
             return  # fp16 found an overflow: nothing was learned in this step
-        self.offer(kwargs["model"], state.global_step, state.epoch)
+        self.offer(kwargs["model"], [kwargs["optimizer"]], state.global_step, state.epoch)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self._training:
@@ -326,6 +327,10 @@ class SWAD(SWADSettings, AveragingCallback):
 
 class LAWA(LAWASettings, AveragingCallback):
     """`averaging.LAWA` for `transformers.Trainer`."""
+
+
+class ElasticReset(ElasticResetSettings, AveragingCallback):
+    """`averaging.ElasticReset` for `transformers.Trainer`."""
 
 
 class EMA(EMASettings, AveragingCallback):

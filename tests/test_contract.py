@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from averaging import BEMA, EMA, LAWA, SWA, SWAD, PostHocEMA, applied, load_into, named_weights
+from averaging import BEMA, EMA, LAWA, SWA, SWAD, ElasticReset, PostHocEMA, applied, load_into, named_weights
 
 
 class Watched(SWAD):
@@ -40,6 +40,7 @@ TABLE = {
     "ema-compensated": lambda **o: EMA(0.9999, compensated=True, **o),
     "post-hoc-ema": lambda **o: PostHocEMA(tempfile.mkdtemp(dir=FOLDERS.name), every=2, snapshots=4, **o),
     "ema-switch": lambda **o: EMA(0.9, switch=4, **o),
+    "elastic-reset": lambda **o: ElasticReset(4, 0.9, **o),
     "bema": lambda **o: BEMA(every=2, **o),
     "bema-device": lambda **o: BEMA(0.9, 0.5, rho=2, every=3, memory="device", **o),
     "swad": lambda **o: Watched(2, 3, **o),
@@ -289,6 +290,10 @@ def test_applied_checks_before_it_writes():
         (lambda: SWA(start=-1), "optimizer steps"),
         (lambda: SWAD(0), "optimum_patience=0"),
         (lambda: SWAD(tolerance=0.9), "at least 1"),
+        (lambda: ElasticReset(0), "every=0"),
+        (lambda: ElasticReset(5, 1.5), "decay=1.5"),
+        (lambda: ElasticReset(5, moments="lost"), "moments='lost'"),
+        (lambda: ElasticReset("epoch").update(nn.Linear(2, 2)), "epoch="),
         (lambda: BEMA(eta=-1), "eta=-1"),
         (lambda: BEMA(rho=0.5), "at least 1"),
         (lambda: SWA(start=1.5), "fraction"),
