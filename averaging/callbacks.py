@@ -51,8 +51,9 @@ class CallbackCore:
             or ``"start"`` a new average there.
         batchnorm: where the model has BatchNorm layers, their running statistics are recomputed for each average from
             this many batches of the training data when the average is evaluated, saved or left in the model; once for
-            each average and absorption, at the cost of a forward pass per batch. 0 leaves the average with the
-            statistics of the online weights, and so does ``buffers=True`` with those averaged along.
+            each average and absorption, at the cost of a forward pass per batch. Training begins with one such batch,
+            to warn if it cannot be done. 0 leaves the average with the statistics of the online weights;
+            ``buffers=True`` averages these.
 
     Raises:
         TypeError: something that is not an averager.

@@ -81,8 +81,8 @@ class Diagnosis:
             (self.foreign, "averaged but not in the model: this is the average of another model"),
             (
                 self.stale,
-                "running statistics of the online weights: recalibrate(model, batches) under the average, or "
-                "average them too with buffers=True",
+                "running statistics of the online weights: a trainer's callback recomputes them for the average; in "
+                "your own loop recalibrate(model, batches) under it, or average them too with buffers=True",
             ),
         ):
             if names:

@@ -115,7 +115,7 @@ class AveragingCallback(CallbackCore, Callback):
                     "with them: use save_weights_only=False"
                 )
         if trainer.global_step != self.averager.step:  # not a second fit() of the same trainer: a new run
-            self._online = None
+            self._online = self.recalibration = None
             for averager in self.averagers:
                 averager.reset(trainer.global_step)
 
@@ -241,7 +241,7 @@ class AveragingCallback(CallbackCore, Callback):
                     )
                 pl_module.load_state_dict(_stored(payload, wanted), strict=False)
             return
-        self._online = None
+        self._online = self.recalibration = None
         for averager in self.averagers:
             averager.reset()
             state = None if payload is None else payload["averages"].get(home(averager), {}).get("state")
@@ -342,8 +342,8 @@ def load_average(checkpoint: str | os.PathLike[str], name: str | None = None) ->
             ``ModelCheckpoint(monitor=...)`` chose the checkpoint by, and else the leading one.
 
     Returns:
-        What ``module.state_dict()`` would be with the average in the module: what is not averaged (buffers, frozen
-        parameters) is as in the checkpoint. On the CPU.
+        What ``module.state_dict()`` would be with the average in the module: its own BatchNorm statistics where it has
+        them, and else what is not averaged (buffers, frozen parameters) as in the checkpoint. On the CPU.
 
     Raises:
         ValueError: the checkpoint holds no average, or none of that name.

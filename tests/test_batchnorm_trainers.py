@@ -5,17 +5,20 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.optim.swa_utils import update_bn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, Subset, TensorDataset
 
 import averaging
+from averaging.batchnorm import unnoticed
 
 images, labels = (torch.tensor(part) for part in load_digits(return_X_y=True))
 images = (images.float() / 16).view(-1, 1, 8, 8)
@@ -233,6 +236,41 @@ class TestLightning:
         _, module = fit(tmp_path, EMA(0.8), module=module)
         assert same(clone(dict(module.net.named_buffers())), own)
 
+    def test_a_new_run_of_the_same_callback(self, tmp_path):
+        callback = LAWA(k=2, every=2)
+        fit(tmp_path / "a", callback, module=Digits(shuffle=False))
+        _, module = fit(tmp_path / "b", callback, module=Digits(1, shuffle=False))
+        assert close(module.net.state_dict(), reference(module, mean(module, 10, 12)).state_dict())
+
+    def test_two_optimizers_have_one_swa_lr(self, tmp_path):
+        from averaging.lightning import SWA
+
+        class Two(Digits):
+            def __init__(self) -> None:
+                super().__init__()
+                self.automatic_optimization = False
+                self.rates: list[float] = []
+
+            def training_step(self, batch, batch_idx):
+                optimizers = self.optimizers()
+                self.rates.append([optimizer.param_groups[0]["lr"] for optimizer in optimizers])
+                loss = super().training_step(batch, batch_idx)
+                self.manual_backward(loss)
+                for optimizer in optimizers:
+                    optimizer.step()
+                    optimizer.zero_grad()
+
+            def configure_optimizers(self):
+                return [
+                    torch.optim.SGD(self.net[0].parameters(), lr=1.0),
+                    torch.optim.SGD(self.net[5].parameters(), lr=0.1),
+                ]
+
+        module = Two()
+        with pytest.warns(UserWarning, match="swa_lr sets the learning rate of all 2 optimizers"):
+            fit(tmp_path, SWA(start=0.5, swa_lr=0.05, anneal=0, batchnorm=0), module=module, epochs=2)
+        assert module.rates == [[1.0, 0.1]] * 4 + [[0.05, 0.05]] * 4
+
     def test_where_it_cannot_be_done_there_is_a_warning(self, tmp_path):
         class Once(IterableDataset):
             def __init__(self) -> None:
@@ -269,6 +307,62 @@ class TestLightning:
         callback = EMA(0.8)
         fit(tmp_path, callback)
         assert pickle.loads(pickle.dumps(callback)).batchnorm == callback.batchnorm
+
+
+# ---------------------------------------------------------------------- data
+
+
+def test_reading_the_data_once_more_leaves_no_trace():
+    class Noisy(Dataset):
+        """Draws from generators of its own, of every kind."""
+
+        def __init__(self) -> None:
+            self.rngs = np.random.default_rng(1), np.random.RandomState(1), random.Random(1)
+            self.modern, self.legacy, self.python = self.rngs
+            self.torch = torch.Generator().manual_seed(1)
+
+        def __len__(self) -> int:
+            return 8
+
+        def __getitem__(self, index: int) -> float:
+            drawn = self.modern.random() + self.legacy.rand() + self.python.random()
+            return index + drawn + float(torch.rand((), generator=self.torch))
+
+    class CountsEpochs(Sampler):
+        epoch = 0
+
+        def __iter__(self):
+            self.epoch += 1
+            return iter([self.epoch % 8, 1, 2, 3])
+
+    class Position(IterableDataset):
+        position = 0
+
+        def __iter__(self):
+            while self.position < 8:
+                self.position += 1
+                yield self.position
+            self.position = 0
+
+    for data, options in (
+        (Noisy(), {"sampler": CountsEpochs()}),
+        (Subset(Noisy(), [3, 2, 1]), {"shuffle": True, "generator": torch.Generator().manual_seed(2)}),
+        (Position(), {}),
+    ):
+        loader = DataLoader(data, **options)
+        twin = copy.deepcopy(loader)
+        for expected in [*twin], [*twin]:
+            iterator = iter(loader)
+            seen = [next(iterator)]
+            with unnoticed([loader]) as [own]:
+                assert len([*own]) > 1
+            assert [*seen, *iterator] == expected
+
+
+@pytest.mark.parametrize("data", [(row for row in range(3)), iter([1])])
+def test_data_that_can_be_read_once_only(data):
+    with pytest.raises(ValueError, match="only once"), unnoticed([data]):
+        raise AssertionError("not reached")
 
 
 # ---------------------------------------------------------------------- transformers
