@@ -371,6 +371,7 @@ class ElasticResetSettings(CallbackCore):
         frozen: bool = False,
         buffers: bool = False,
         missing: Literal["error", "start"] = "error",
+        batchnorm: int = LIMIT,
     ) -> None:
         averager = averaging.ElasticReset(
             every,
@@ -382,7 +383,7 @@ class ElasticResetSettings(CallbackCore):
             frozen=frozen,
             buffers=buffers,
         )
-        super().__init__(averager, missing=missing)
+        super().__init__(averager, missing=missing, batchnorm=batchnorm)
 
 
 class EMASettings(CallbackCore):
