@@ -4,13 +4,15 @@
     python scripts/bench/updates.py [--repeats 21] [--threads 2]
 
 Every row is the median over repeats in which the contenders of a table take turns, so that a noisy machine
-disturbs them alike. "transient" is the most memory that one call holds besides what it keeps, counted at
-PyTorch's CPU allocator, in multiples of the model's weights. Peers that are not installed are left out:
+disturbs them alike. "kept" is the memory that a contender holds between updates, "transient" the most that one call
+holds besides what it keeps, both counted at PyTorch's CPU allocator, in multiples of the model's weights. Peers that
+are not installed are left out:
 
     torch       AveragedModel(multi_avg_fn=get_ema_multi_avg_fn(...))
     Lightning   EMAWeightAveraging's AveragedModel (avg_fn, use_buffers=True)
     timm        ModelEmaV3 (foreach; only its own file is loaded, so `pip install --no-deps timm` does)
-    ema-pytorch (use_foreach=True), torch-ema, diffusers EMAModel
+    ema-pytorch (use_foreach=True; KarrasEMA is what its PostHocEMA runs per width), torch-ema, diffusers EMAModel
+    trl         BEMACallback
 
 mergekit belongs to the same extra but averages files only: scripts/bench has it beside `soup`.
 
@@ -25,8 +27,11 @@ import importlib
 import importlib.util
 import os
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import count
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: idle threads must not take a core from the next
@@ -35,7 +40,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from averaging import EMA, LAWA, applied
+from averaging import BEMA, EMA, LAWA, SWA, SWAD, Averager, PostHocEMA, applied
 
 DECAY = 0.999
 Call = Callable[[], object]
@@ -70,8 +75,8 @@ def times(calls: dict[str, Call], repeats: int) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in taken.items()}
 
 
-def transient(call: Call) -> int:
-    """The most bytes that ``call`` holds at any moment more than before it, and more than it keeps."""
+def memory(call: Call) -> tuple[int, int]:
+    """The bytes that ``call`` leaves allocated, and the most it holds at any moment besides them."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         kept = call()
     held = peak = 0
@@ -82,25 +87,49 @@ def transient(call: Call) -> int:
         held += event.nbytes()
         peak = max(peak, held)
     del kept
-    return peak - max(held, 0)
+    return held, peak - max(held, 0)
+
+
+class Built:
+    """A contender, and what it took to build it."""
+
+    def __init__(self, build: Callable[[], Call]) -> None:
+        built: list[Call] = []
+
+        def build_and_start() -> None:
+            built.append(build())
+            built[0]()
+
+        self.kept, _ = memory(build_and_start)
+        self.call = built[0]
+
+    def __call__(self) -> object:
+        return self.call()
 
 
 def table(title: str, limit: str, calls: dict[str, Call], size: int, repeats: int) -> None:
-    """Print the calls' times as ratios to that of ``limit``, and their transient memory over ``size`` bytes."""
+    """Print the calls' times as ratios to that of ``limit``, and their memory over ``size`` bytes."""
     medians = times(calls, repeats)
-    print(f"\n### {title}\n\n| | times the limit | ms | transient |\n|---|---:|---:|---:|")
+    print(f"\n### {title}\n\n| | times the limit | ms | kept | transient |\n|---|---:|---:|---:|---:|")
     for name, seconds in medians.items():
-        memory = transient(calls[name]) / size
-        print(f"| {name} | {seconds / medians[limit]:.2f} | {seconds * 1e3:.2f} | {memory:.2f} |", flush=True)
+        call = calls[name]
+        kept = f"{call.kept / size:.2f}" if isinstance(call, Built) else ""
+        transient = memory(call)[1] / size
+        ratio = seconds / medians[limit]
+        print(f"| {name} | {ratio:.2f} | {seconds * 1e3:.2f} | {kept} | {transient:.2f} |", flush=True)
 
 
 # ---------------------------------------------------------------------- the contenders
 
 
-def ours(model: nn.Module) -> tuple[EMA, Call]:
-    ema = EMA(DECAY)
-    ema.update(model)
-    return ema, lambda: ema.update(model)
+def averager(averager: Averager, model: nn.Module) -> Built:
+    """One of the library's, absorbing at every call."""
+
+    def build() -> Call:
+        averager.update(model)
+        return lambda: averager.update(model)
+
+    return Built(build)
 
 
 def torch_ema_model(model: nn.Module) -> Call:
@@ -161,13 +190,58 @@ PEERS: dict[str, Callable[[nn.Module], Call]] = {
 }
 
 
-def peers(model: nn.Module) -> dict[str, Call]:
-    """The peers that are installed and run on ``model``."""
+def swa_torch(model: nn.Module) -> Call:
+    from torch.optim.swa_utils import AveragedModel
+
+    averaged = AveragedModel(model)
+    return lambda: averaged.update_parameters(model)
+
+
+def swa_lightning(model: nn.Module) -> Call:
+    from copy import deepcopy
+
+    from lightning.pytorch.callbacks import StochasticWeightAveraging
+
+    callback = StochasticWeightAveraging(swa_lrs=1e-3)
+    averaged, count = deepcopy(model), torch.tensor(0)
+    return lambda: callback.update_parameters(averaged, model, count, callback._avg_fn)  # type: ignore[arg-type]
+
+
+def karras(model: nn.Module) -> Call:
+    tracked = importlib.import_module("ema_pytorch.post_hoc_ema").KarrasEMA
+    tracks = [tracked(model, sigma_rel=width, update_every=1) for width in (0.05, 0.10)]
+
+    def update() -> None:
+        for track in tracks:
+            track.update()
+
+    return update
+
+
+def bema_trl(model: nn.Module) -> Call:
+    from copy import deepcopy
+
+    callback = importlib.import_module("trl").BEMACallback(update_freq=1)
+    # What its on_train_begin does for a model that transformers knows.
+    callback.running_model = deepcopy(model)
+    callback.thetat_params = [*model.parameters()]
+    callback.theta0_params = [p.detach().clone() for p in model.parameters()]
+    callback.ema_params = [p.clone() for p in callback.theta0_params]
+    steps = count(1)
+
+    @torch.no_grad()
+    def update() -> None:
+        callback._update_bema_weights(next(steps))
+
+    return update
+
+
+def installed(model: nn.Module, peers: dict[str, Callable[[nn.Module], Call]]) -> dict[str, Call]:
+    """Those of ``peers`` that are installed and run on ``model``."""
     found: dict[str, Call] = {}
-    for name, build in PEERS.items():
+    for name, build in peers.items():
         try:
-            call = build(model)
-            call()
+            call = Built(partial(build, model))
         except Exception as error:  # an optional package may fail to import in any way
             print(f"({name} left out: {type(error).__name__}: {str(error).strip().splitlines()[0][:90]})")
         else:
@@ -180,13 +254,13 @@ def peers(model: nn.Module) -> dict[str, Call]:
 
 def float32_update(title: str, model: Stack, repeats: int) -> None:
     weights = model.tensors()
-    ema, update = ours(model)
+    update = averager(ema := EMA(DECAY), model)
     # On the averager's own tensors: where in memory a tensor lies is worth some per cent.
     average = list(ema.average().values())
     calls: dict[str, Call] = {
         "limit: torch._foreach_lerp_": lambda: torch._foreach_lerp_(average, weights, 1 - DECAY),
         "averaging.EMA": update,
-        **peers(model),
+        **installed(model, PEERS),
     }
     table(title, "limit: torch._foreach_lerp_", calls, sum(w.nbytes for w in weights), repeats)
 
@@ -217,7 +291,7 @@ def one_pass(averages: Sequence[Tensor], weights: Sequence[Tensor]) -> tuple[str
 
 def half_update(title: str, model: Stack, repeats: int) -> None:
     weights = model.tensors()
-    ema, update = ours(model)
+    update = averager(ema := EMA(DECAY), model)
     average = list(ema.average().values())
 
     def loop() -> None:  # what a peer does at best: timm's loop, with its average in float32
@@ -242,14 +316,37 @@ def half_update(title: str, model: Stack, repeats: int) -> None:
     table(title, name, calls, sum(w.nbytes for w in weights), repeats)
 
 
+def others(title: str, model: Stack, repeats: int) -> None:
+    weights = model.tensors()
+    average = [w.clone() for w in weights]
+    with tempfile.TemporaryDirectory() as folder:
+        calls: dict[str, Call] = {
+            "one torch._foreach_lerp_": lambda: torch._foreach_lerp_(average, weights, 1 - DECAY),
+            "averaging.EMA(compensated=True)": averager(EMA(DECAY, compensated=True), model),
+            "averaging.SWA": averager(SWA(start=0, every=1), model),
+            **installed(
+                model, {"torch AveragedModel (SWA)": swa_torch, "Lightning StochasticWeightAveraging": swa_lightning}
+            ),
+            "averaging.SWAD": averager(SWAD(), model),
+            "averaging.PostHocEMA, 2 widths": averager(PostHocEMA(folder, snapshots=10**9, every=1), model),
+            **installed(model, {"ema-pytorch KarrasEMA, 2 widths": karras}),
+            "averaging.BEMA": averager(BEMA(every=1), model),
+            **installed(model, {"trl BEMACallback": bema_trl}),
+        }
+        table(title, "one torch._foreach_lerp_", calls, sum(w.nbytes for w in weights), repeats)
+
+
 def absorption(title: str, model: Stack, repeats: int) -> None:
     weights = model.tensors()
     size = sum(w.nbytes for w in weights)
-    rings = {where: LAWA(k=5, every=1, memory=where) for where in ("cpu", "device")}
-    for ring in rings.values():
-        for _ in range(ring.k):
+
+    def full(where: str) -> Call:
+        ring = LAWA(k=5, every=1, memory=where)
+        for _ in range(5):
             ring.update(model)
-    snapshot = [*next(iter(rings["cpu"].tensors().values())).values()]
+        return lambda: ring.update(model)
+
+    snapshot = [torch.empty_like(w) for w in weights]
     total = [torch.zeros_like(w) for w in weights]
     history = [[w.clone() for w in weights] for _ in range(5)]
 
@@ -265,10 +362,7 @@ def absorption(title: str, model: Stack, repeats: int) -> None:
 
     calls: dict[str, Call] = {
         "limit: one copy": copy,
-        **{
-            f'averaging.LAWA(k=5, memory="{where}")': (lambda ring=ring: ring.update(model))
-            for where, ring in rings.items()
-        },
+        **{f'averaging.LAWA(k=5, memory="{where}")': Built(partial(full, where)) for where in ("cpu", "device")},
         "clone, and average the list of 5": naive,
     }
     table(title, "limit: one copy", calls, size, repeats)
@@ -276,7 +370,7 @@ def absorption(title: str, model: Stack, repeats: int) -> None:
 
 def reading(title: str, model: Stack, repeats: int) -> None:
     ring = LAWA(k=5, every=1)
-    for _ in range(ring.k):
+    for _ in range(5):
         ring.update(model)
     snapshots = [[*snapshot.values()] for snapshot in ring.tensors().values()]
 
@@ -302,8 +396,8 @@ def reading(title: str, model: Stack, repeats: int) -> None:
 
 def swap(title: str, model: Stack, repeats: int) -> None:
     weights = model.tensors()
-    ema, update = ours(model)
-    update()
+    ema = EMA(DECAY)
+    ema.update(model)
     average = list(ema.average().values())
     backup = [torch.empty_like(w) for w in weights]
 
@@ -360,6 +454,7 @@ def main() -> None:
         args.repeats,
     )
     float32_update("float32 EMA update, 768 tensors of 8 by 768", Stack(768, (8, 768)), 5 * args.repeats)
+    others("the other averages, one absorption, 49.1 M float32 parameters in 148 tensors", big, args.repeats)
     absorption("LAWA absorption, 49.1 M float32 parameters in 148 tensors", big, args.repeats)
     reading("LAWA read, k=5, 49.1 M float32 parameters in 148 tensors", big, args.repeats)
     swap("evaluation swap, 49.1 M float32 parameters in 148 tensors", big, args.repeats)
