@@ -19,6 +19,7 @@ from averaging import kernels
 from averaging.atomic import replacing
 from averaging.memory import SnapshotFile, WrittenFile, save_weights
 from averaging.schedule import Length, Run, Schedule, Span
+from averaging.text import place, size
 from averaging.weights import Binding, Weights
 
 
@@ -163,6 +164,24 @@ class Averager(ABC):
         """
         return {self.name: self}
 
+    def describe(self, weights: Weights) -> str:
+        """What is kept, where and how many bytes, in a few words; by default one copy in float32 or better."""
+        return f"an average; {self._cost(weights)}"
+
+    def first_average(self, after: int = 0) -> int | None:
+        """The first optimizer step later than ``after`` at which there is an average; None if it cannot be told."""
+        return next(self._due_steps(after), None)
+
+    def problem(self) -> str | None:
+        """Why the settings cannot work in a run of the length that `prepare` told, or None if they can."""
+        first = self.first_average()
+        if first is None or self.run.steps is None or first <= self.run.steps:
+            return None
+        return (
+            f"the first average would be there after {first} optimizer steps but the run ends after {self.run.steps}: "
+            "there will be none, and the model keeps its trained weights"
+        )
+
     def default_every(self, run: Run) -> Length:
         """The spacing when ``every`` is not given."""
         return Length(1, "steps")
@@ -212,15 +231,18 @@ class Averager(ABC):
         """
         self.run = Run(total_steps, steps_per_epoch)
         self._schedule = self._resolve()
-        if total_steps is not None and (self.start.unit != "epochs" or steps_per_epoch):
-            start = self.start.in_steps(self.run, "start")
-            if start > total_steps:
-                warnings.warn(
-                    f"{type(self).__name__} starts after {start:g} optimizer steps but the run ends after "
-                    f"{total_steps}: there will be no average, and the model keeps its trained weights",
-                    stacklevel=2,
-                )
+        if (problem := self.problem()) is not None:
+            warnings.warn(f"{self.name}: {problem}", stacklevel=2)
         return self
+
+    def announcement(self, weights: Weights) -> str:
+        """One line for the log of a run that begins: `describe`, the spacing, and when there is an average."""
+        assert self._schedule is not None
+        line = f"{self.name}: {self.describe(weights)}; every {self._schedule.every.text(self.run)}"
+        if self.absorbed and self.ready:
+            return f"{line}; resumed at step {self.step}"
+        first = self.first_average(self.step)
+        return line if first is None else f"{line}; first {'average ' if self.views() else ''}at step {first}"
 
     def _resolve(self) -> Schedule:
         return Schedule(self.every or self.default_every(self.run), self.start)
@@ -415,12 +437,12 @@ class Averager(ABC):
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{file}: damaged ({error!r})") from error
         tensors, written = {}, {}
-        for name, size in files.items():
+        for name, count in files.items():
             part = file.parent / Path(name).name
             if not part.is_file():
                 raise FileNotFoundError(f"{part}: not found, though {file.name} lists it")
-            if part.stat().st_size != size:
-                raise ValueError(f"{part}: {part.stat().st_size} bytes instead of {size}: it is damaged")
+            if part.stat().st_size != count:
+                raise ValueError(f"{part}: {part.stat().st_size} bytes instead of {count}: it is damaged")
             group = part.name.removesuffix(".safetensors")
             tensors[group], written[group] = SnapshotFile(part), WrittenFile.of(part)
         try:
@@ -431,6 +453,15 @@ class Averager(ABC):
         return self
 
     # ------------------------------------------------------------------ for subclasses
+
+    def _due_steps(self, after: int = 0) -> Iterator[int]:
+        assert self._schedule is not None
+        return self._schedule.steps(self.run, after)
+
+    def _cost(self, weights: Weights, *, wide: bool = False) -> str:
+        """What one copy of ``weights`` in float32 (``wide``: float64) or better costs, on their devices."""
+        count = kernels.accumulated_bytes(weights, wide=wide)
+        return f"{size(count)} {place(tensor.device for tensor in weights.values())}"
 
     def _require_average(self) -> None:
         if not self.ready:

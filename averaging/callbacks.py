@@ -6,6 +6,7 @@ out its arguments, and one line in either adapter.
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,6 +28,8 @@ from averaging.schedule import Span
 
 Evaluate = Literal["average", "online", "both", "all"]
 Checkpoint = Literal["online", "average"]
+
+LOG = logging.getLogger("averaging")
 
 ONLINE = "online"
 """What the weights being trained are called in checkpoints and metrics."""
@@ -153,6 +156,18 @@ class CallbackCore:
             case "all":
                 return [ONLINE, *list(names)[1:]]
         return []
+
+    def announce(self, model: nn.Module) -> None:
+        """Log one line for each averager: what it keeps, where, how many bytes, and when there is an average."""
+        # Seen by default, as Lightning's own lines are; logging.getLogger("averaging").setLevel("WARNING") hides them.
+        if not LOG.hasHandlers():
+            handler = logging.StreamHandler()
+            handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+            LOG.addHandler(handler)
+        if LOG.level == logging.NOTSET:
+            LOG.setLevel(logging.INFO)
+        for averager in self.averagers:
+            LOG.info(averager.announcement(averager.bind(model)))
 
     def offer(self, model: nn.Module, optimizers: Iterable[Any], step: int, epoch: float | None) -> None:
         """Offer the weights after an optimizer step, and write back what an averager wants training to go on from."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TextIO, cast, get_args
 
 from averaging import __version__
 from averaging.decay import Decay
+from averaging.text import size
 
 if TYPE_CHECKING:
     from averaging.checkpoints import Checkpoint
@@ -123,7 +124,7 @@ def _run(options: argparse.Namespace) -> None:
     assert soup.output is not None
     if not options.quiet:
         seconds = time.monotonic() - began
-        print(f"{soup.output.path}: average of {len(soup.ingredients)}, {_size(soup.output.nbytes)}, {seconds:.1f} s")
+        print(f"{soup.output.path}: average of {len(soup.ingredients)}, {size(soup.output.nbytes)}, {seconds:.1f} s")
 
 
 def _sweep(options: argparse.Namespace) -> None:
@@ -226,13 +227,13 @@ def _describe(soup: Uniform) -> str:
     lines = ["read"]
     for ingredient, share in zip(soup.ingredients, soup.coefficients, strict=True):
         step = "" if ingredient.step is None else f", step {ingredient.step}"
-        lines.append(f"  {share:.4f} × {ingredient.path} ({_size(ingredient.nbytes)}{step})")
+        lines.append(f"  {share:.4f} × {ingredient.path} ({size(ingredient.nbytes)}{step})")
     if soup.model is not soup.ingredients[-1]:
         lines.append(f"  the rest from {soup.model.path}")
     assert soup.output is not None
     output = soup.output
     lines.append(f"write {output.path}, {len(soup.dtypes)} tensors, {', '.join(sorted(set(soup.dtypes.values())))}")
-    lines += [f"  {file.name} ({_size(file.nbytes)})" for file in output.files]
+    lines += [f"  {file.name} ({size(file.nbytes)})" for file in output.files]
     lines += [f"  {path.relative_to(output.model.path)} (copied)" for path in output.copied()]
     lines.append(f"  {output.record_path.name}")
     return "\n".join(lines)
@@ -268,14 +269,6 @@ def _weights(text: str) -> list[float] | Decay:
         raise argparse.ArgumentTypeError(
             f"expected numbers separated by commas, or one of {', '.join(get_args(Decay))}, not {text!r}"
         ) from None
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} GB"
 
 
 def _explain(error: BaseException) -> str:
@@ -318,7 +311,7 @@ def _bar(hidden: bool) -> Iterator[Progress | None]:
 
     def draw(done: int, total: int) -> None:
         share = done / max(total, 1)
-        print(f"\r{'█' * round(30 * share):░<30} {share:4.0%} of {_size(total)}", end="", file=sys.stderr, flush=True)
+        print(f"\r{'█' * round(30 * share):░<30} {share:4.0%} of {size(total)}", end="", file=sys.stderr, flush=True)
 
     try:
         yield draw

@@ -198,6 +198,12 @@ def combine(
         torch.set_num_threads(threads)  # the workers' setting is also that of threads to come
 
 
+def accumulated_bytes(weights: Mapping[str, Tensor], *, wide: bool = False) -> int:
+    """The size of `accumulators` of these ``weights``."""
+    dtype_of = _wide_dtype if wide else accumulator_dtype
+    return sum(tensor.numel() * dtype_of(tensor.dtype).itemsize for tensor in weights.values())
+
+
 def accumulators(weights: Mapping[str, Tensor], *, wide: bool = False) -> dict[str, Tensor]:
     """Copies of ``weights`` in float32 or better, or in float64 if ``wide``, on the same devices.
 

@@ -1,7 +1,10 @@
 """Averages as callbacks for Lightning's Trainer.
 
-from averaging.lightning import LAWA
-trainer = Trainer(callbacks=LAWA(k=5))
+    from averaging.lightning import LAWA
+    trainer = Trainer(callbacks=LAWA(k=5))
+
+Lightning tells its callbacks when a validation begins and hands them each checkpoint before it is written, so its hooks
+are all that is needed; only what is validated beside the average runs in a loop of its own.
 """
 
 from __future__ import annotations
@@ -142,6 +145,8 @@ class AveragingCallback(CallbackCore, Callback):
         if self._leads(trainer):
             data, step = partial(_training_batches, trainer, pl_module), partial(_training_step, trainer)
             self.use_recalibration(pl_module, self._all_averagers(trainer), data, step)
+        if trainer.is_global_zero:
+            self.announce(pl_module)
         if self.learning_rate is not None and len(trainer.optimizers) > 1:
             warnings.warn(f"swa_lr sets the learning rate of all {len(trainer.optimizers)} optimizers", stacklevel=2)
 

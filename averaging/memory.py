@@ -21,6 +21,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from averaging.text import place, size
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -53,6 +55,10 @@ class Memory(ABC):
     def restore(self, snapshots: Mapping[str, Weights]) -> None:
         """Forget everything held and keep copies of ``snapshots``."""
 
+    @abstractmethod
+    def cost(self, weights: Weights) -> str:
+        """What one set of ``weights`` costs, and where."""
+
     def save(self, key: str, file: Path) -> None:
         """Write the weights under ``key`` to ``file``, a safetensors file."""
         save_weights(self[key], file)
@@ -74,6 +80,9 @@ class TensorMemory(Memory):
         if recycle:
             del self._snapshots[recycle]
         self._snapshots[key] = kept
+
+    def cost(self, weights: Weights) -> str:
+        return f"{_bytes(weights)} {place(self._home(tensor) for tensor in weights.values())}"
 
     def _home(self, tensor: Tensor) -> torch.device:
         return tensor.device if self._device is None else torch.device(self._device)
@@ -138,6 +147,9 @@ class PinnedMemory(TensorMemory):
             self._arrivals.pop(recycle, None)
         self._snapshots[key], self._arrivals[key] = kept, arrivals
 
+    def cost(self, weights: Weights) -> str:
+        return f"{_bytes(weights)} in page-locked CPU memory"
+
     def __getitem__(self, key: str) -> Weights:
         for arrival in self._arrivals.get(key, ()):
             arrival.synchronize()
@@ -185,10 +197,9 @@ class DiskMemory(Memory):
             os.replace(unfinished, file)
         except (OSError, SafetensorError) as error:
             unfinished.unlink(missing_ok=True)
-            size = sum(tensor.nbytes for tensor in weights.values())
             raise OSError(
                 getattr(error, "errno", None) or errno.ENOSPC,
-                f"cannot store a snapshot of {size / 1e6:.1f} MB ({error}). The snapshots stored before are intact: "
+                f"cannot store a snapshot of {_bytes(weights)} ({error}). The snapshots stored before are intact: "
                 'make room and go on, or resume from the last checkpoint with memory="cpu"',
                 str(file),
             ) from error
@@ -208,6 +219,9 @@ class DiskMemory(Memory):
 
     def save(self, key: str, file: Path) -> None:
         _link(self._file(key), file)
+
+    def cost(self, weights: Weights) -> str:
+        return f"{_bytes(weights)} in {self._folder}"
 
     def clear(self) -> None:
         if self._cleanup is not None:
@@ -261,6 +275,10 @@ def _identity(file: Path) -> tuple[int, tuple[int, int, int]]:
 
 # Complex numbers that safetensors has no name for are written as pairs of real ones, and listed in the metadata.
 _PAIRS = (torch.complex32, torch.complex128)
+
+
+def _bytes(weights: Weights) -> str:
+    return size(sum(tensor.nbytes for tensor in weights.values()))
 
 
 def save_weights(weights: Weights, file: Path, metadata: Mapping[str, str] | None = None) -> None:

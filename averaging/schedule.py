@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -61,6 +62,12 @@ class Length:
             raise ValueError(help_)
         return cls(span, "run" if isinstance(span, float) else "steps")
 
+    def text(self, run: Run) -> str:
+        """This length in words: ``step``, ``20 steps`` or ``2 epochs``."""
+        amount, unit = (self.amount, "epoch") if self.unit == "epochs" else (self.in_steps(run, "every"), "step")
+        amount = amount if unit == "epoch" else max(1, round(amount))
+        return unit if amount == 1 else f"{amount:g} {unit}s"
+
     def in_steps(self, run: Run, what: str) -> float:
         """This length in optimizer steps (not rounded).
 
@@ -105,6 +112,21 @@ class Schedule:
     def started(self, run: Run, now: tuple[int, float | None]) -> bool:
         """Whether ``start`` has been reached at (optimizer step, epochs done)."""
         return self._clock(self.start, run, *now, "start") >= 1
+
+    def steps(self, run: Run, after: int = 0) -> Iterator[int]:
+        """The optimizer steps later than ``after`` at which to absorb; none where they cannot be told before."""
+        try:
+            every, start = self.every.in_steps(run, "every"), self.start.in_steps(run, "start")
+        except ValueError:
+            return
+        if self.every.unit != "epochs":
+            every = max(1, round(every))
+        if self.start.unit != "epochs":
+            start = round(start)
+        while True:
+            before = max(after, math.ceil(start - 1e-9) - 1)
+            after = math.ceil((math.floor(before / every + 1e-9) + 1) * every - 1e-9)
+            yield after
 
     @staticmethod
     def _clock(length: Length, run: Run, step: int, epoch: float | None, what: str) -> float:

@@ -90,8 +90,8 @@ class AveragingCallback(CallbackCore, TrainerCallback):
         if (length := _length(kwargs.get("train_dataloader"))) is not None:
             steps_per_epoch = max(1, math.ceil(length / args.gradient_accumulation_steps))
         for averager in self.averagers:
-            averager.prepare(state.max_steps, steps_per_epoch)
             averager.reset(state.global_step, state.epoch or 0.0)
+            averager.prepare(state.max_steps, steps_per_epoch)
         if self is callbacks[0] and checkpoint:
             _restore_online(trainer, checkpoint, names)
         if self is (leader := leading(callbacks)):
@@ -113,6 +113,8 @@ class AveragingCallback(CallbackCore, TrainerCallback):
             averager.bind(trainer.model)
             if not averager.absorbed:
                 averager.update(trainer.model, averager.step, epoch=averager.epoch)
+        if state.is_world_process_zero:
+            self.announce(trainer.model)
         self._training = True
 
     def on_step_begin(

@@ -511,7 +511,7 @@ def test_before_the_first_absorption_validation_measures_the_model(tmp_path: Pat
 
 def test_an_average_that_never_started_keeps_the_trained_weights(tmp_path: Path) -> None:
     with (
-        pytest.warns(UserWarning, match="starts after 99 optimizer steps but the run ends after 12"),
+        pytest.warns(UserWarning, match="would be there after 99 optimizer steps but the run ends after 12"),
         pytest.warns(UserWarning, match="before there was an average 'lawa': the model keeps its trained weights"),
     ):
         _, module, recorder = fit(tmp_path, LAWA(k=2, every=1, start=99))

@@ -18,7 +18,7 @@ import torch
 from averaging import kernels
 from averaging.averager import Averager
 from averaging.memory import memory as open_memory
-from averaging.schedule import Length, Run, Span
+from averaging.schedule import Length, Run, Schedule, Span
 
 if TYPE_CHECKING:
     import os
@@ -91,6 +91,17 @@ class BEMA(Averager):
             assert self._schedule is not None
             return self._schedule.started(self.run, now)
         return super().due(last, now)
+
+    def first_average(self, after: int = 0) -> int | None:
+        if not self.absorbed and self.start.amount:  # the weights at the start are absorbed first
+            begun = next(Schedule(Length(1, "steps"), self.start).steps(self.run, after), None)
+            if begun is None:
+                return None
+            after = begun
+        return super().first_average(after)
+
+    def describe(self, weights: Weights) -> str:
+        return f"EMA with its lag corrected; {self._cost(weights)}, and 2 × {self._memory.cost(weights)}"
 
     @property
     def ready(self) -> bool:

@@ -85,6 +85,10 @@ class ElasticReset(Averager):
         self._trained = (0, 0.0)
         super().__init__(start=start, name=name, frozen=frozen, buffers=buffers)
 
+    def describe(self, weights: Weights) -> str:
+        cost = f"{self._cost(weights)}, and {self._memory.cost(weights)}"
+        return f"back to the EMA of decay {self.decay:g} every {self.resets.text(self.run)}; {cost}"
+
     def due(self, last: tuple[int, float], now: tuple[int, float | None]) -> bool:
         assert self._schedule is not None
         return self._schedule.started(self.run, now) if not self.absorbed else super().due(last, now)

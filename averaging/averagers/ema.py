@@ -133,6 +133,22 @@ class EMA(Averager):
         self.decay_per_step(run)  # fail before training if it cannot be resolved
         return Length(1, "steps")
 
+    def describe(self, weights: Weights) -> str:
+        beta = self.decay_per_step(self.run)
+        return f"EMA with a decay of {beta:.8g} per step; {self._cost(weights, wide=self.compensated)}"
+
+    def problem(self) -> str | None:
+        if (problem := super().problem()) is not None or self.warmup is not None:
+            return problem
+        first, beta = self.first_average(), self.decay_per_step(self.run)
+        if first is None or self.run.steps is None or (share := beta ** (self.run.steps - first)) <= 0.5:
+            return None
+        return (
+            f"with a decay of {beta:.8g} per step, {share:.0%} of the average will still be the first weights absorbed "
+            f"when the run ends after {self.run.steps} steps: give a smaller decay=, window= or half_life=, or warmup="
+            '"debias"'
+        )
+
     def kept(self, since: int, step: int) -> float:
         """The share that the average as it was at step ``since`` has in that of ``step``."""
         beta = self.decay_per_step(self.run)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -103,6 +104,22 @@ class LAWA(Averager):
                 "length is not known: give every=<optimizer steps between snapshots>, or call prepare(total_steps=...)"
             ) from error
         return Length(max(1, round(steps / self.k)), "steps")
+
+    def describe(self, weights: Weights) -> str:
+        windows = " and ".join(map(str, self.windows))
+        return f"mean of the latest {windows} snapshots; {max(self.windows)} × {self._memory.cost(weights)}"
+
+    def problem(self) -> str | None:
+        if (problem := super().problem()) is not None or self.run.steps is None:
+            return problem
+        longest = max(self.windows)
+        steps = [*islice(self._due_steps(), longest)]
+        if not steps or steps[-1] <= self.run.steps:
+            return None
+        return (
+            f"the window of {longest} snapshots would be full after {steps[-1]} optimizer steps but the run ends after "
+            f"{self.run.steps}: give a smaller k, every= or window="
+        )
 
     def absorb(self, weights: Weights, step: int) -> None:
         key = f"snapshot-{step:012d}"

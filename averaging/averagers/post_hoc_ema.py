@@ -85,6 +85,11 @@ class PostHocEMA(Averager):
     def keep_template(self, save: Callable[[Path], None]) -> None:
         self.trail.keep_template(save)
 
+    def describe(self, weights: Weights) -> str:
+        widths = ", ".join(f"{width:g}" for width in self.exponents)
+        tracks = f"power-function EMAs of widths {widths}; {len(self.exponents)} × {self._cost(weights)}"
+        return f"{tracks}, as much in {self.trail.folder} every {self.snapshots.text(self.run)}"
+
     def default_every(self, run: Run) -> Length:
         return Length(max(1, (run.steps or 0) // 10_000), "steps")
 

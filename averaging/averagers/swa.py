@@ -45,6 +45,9 @@ class SWA(Averager):
         self._mean: dict[str, Tensor] = {}
         super().__init__(every=every, start=start, name=name, frozen=frozen, buffers=buffers)
 
+    def describe(self, weights: Weights) -> str:
+        return f"running mean of the snapshots; {self._cost(weights)}"
+
     def default_every(self, run: Run) -> Length:
         return Length(1, "epochs")
 

@@ -111,6 +111,13 @@ class SWAD(Averager):
         self._missed: int | None = None
         super().__init__(every=every, start=start, name=name, frozen=frozen, buffers=buffers)
 
+    def describe(self, weights: Weights) -> str:
+        count = max(2, self.optimum_patience)
+        return f"mean along a valley of the validation loss; up to {count} × {self._cost(weights)}"
+
+    def first_average(self, after: int = 0) -> int | None:
+        return None  # when the validation loss says so
+
     @property
     def ready(self) -> bool:
         return self.limit is not None

@@ -17,6 +17,7 @@ import torch
 from averaging import kernels
 from averaging.averager import Averager
 from averaging.schedule import Length, Run, Span
+from averaging.text import size
 from averaging.trail import Trail
 
 if TYPE_CHECKING:
@@ -67,6 +68,10 @@ class Trajectory(Averager):
         self.dtype: torch.dtype | None = None if dtype is None else getattr(torch, dtype)
         self.trail = Trail(Path(folder))
         super().__init__(every=every, start=start, name=name, frozen=frozen, buffers=buffers)
+
+    def describe(self, weights: Weights) -> str:
+        count = sum(tensor.numel() * (self.dtype or tensor.dtype).itemsize for tensor in weights.values())
+        return f"snapshots of {size(count)} in {self.trail.folder}"
 
     def default_every(self, run: Run) -> Length:
         return Length(0.01, "run")

@@ -1,0 +1,20 @@
+"""How numbers and places are shown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+def size(count: float) -> str:
+    """A number of bytes: ``3.6 MB``."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+def place(devices: Iterable[object]) -> str:
+    """Where tensors on these devices lie: ``in CPU memory``, ``on cuda:0``."""
+    names = sorted({str(device) for device in devices})
+    return "in CPU memory" if names == ["cpu"] else f"on {' and '.join(names)}"
