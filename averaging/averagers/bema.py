@@ -48,7 +48,8 @@ class BEMA(Averager):
         rho: ρ, how many steps older than it is the average behaves.
         gamma: γ, the weight of a step in β_t and α_t, which count optimizer steps of the run.
         every: optimizer steps between absorptions, 400 by default. β_t is per absorption.
-        memory: where θ_0 and θ_t are kept: ``"cpu"``, ``"device"`` (with the weights), or a folder.
+        memory: where θ_0 and θ_t are kept: ``"cpu"``, ``"pinned"``, ``"device"`` (with the weights), or a folder, as in
+            `LAWA`.
         start, name, frozen, buffers: as in `Averager`.
 
     Raises:
