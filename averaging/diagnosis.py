@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from averaging import kernels
 from averaging.averagers.ema import EMA
-from averaging.weights import every_name, unwrap
+from averaging.batchnorm import batchnorm_layers
+from averaging.weights import every_name
 
 if TYPE_CHECKING:
     from averaging.averager import Averager
@@ -171,9 +171,8 @@ def _inertia(ema: EMA, own: Weights, known: Iterable[str]) -> tuple[float, float
 
 
 def _running_statistics(model: nn.Module) -> Iterator[str]:
-    """Names of the statistics that normalisation layers collect in training; frozen layers collect none."""
-    inner = unwrap(model)
-    names = {id(tensor): name for name, tensor in every_name(inner)}
-    for part in inner.modules():
-        if isinstance(part, _NormBase) and part.running_mean is not None and (part.training or not inner.training):
-            yield from (names[id(tensor)] for tensor in (part.running_mean, part.running_var))
+    """Names of the statistics that BatchNorm layers collect in training: frozen layers collect none."""
+    names = {id(tensor): name for name, tensor in every_name(model)}
+    for layer in batchnorm_layers(model):
+        if layer.training or not model.training:
+            yield from (names[id(layer.get_buffer(name))] for name in ("running_mean", "running_var"))

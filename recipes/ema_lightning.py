@@ -25,9 +25,6 @@ again = digits.Classifier()
 again.load_state_dict(load_average(out / "last.ckpt"))
 assert all(torch.equal(one, other) for one, other in zip(again.parameters(), classifier.parameters(), strict=True))
 
-curves = {
-    "online": [metrics["online_val_loss"] for metrics in history.metrics],
-    "EMA": [metrics["val_loss"] for metrics in history.metrics],
-}
+curves = history.curves({"online": "online_val_loss", "EMA": "val_loss"})
 print("loss on 600 held-out digits")
 print(report.table(["step", *curves], list(zip(history.steps, *curves.values(), strict=True))))

@@ -15,15 +15,25 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # the trainers' remarks, whic
 
 ROOT = Path(__file__).parents[1]
 
-STEPS = {
-    "accelerate_loop": 8,
-    "ema_lightning": 8,
-    "lawa_transformers": 2,
-    "plain_loop": 2,
-    "soup_checkpoints": 8,
-    "swa_lightning": 80,  # three epochs, of which one begins in the last quarter
+ARGUMENTS = {
+    "accelerate_loop": "--steps 8",
+    "batchnorm": "--steps 4",
+    "bema": "--steps 20",
+    "does_it_help": "--steps 2 --seeds 1",
+    "ema_lightning": "--steps 8",
+    "hare_tortoise": "--steps 20",
+    "lawa_transformers": "--steps 2",
+    "lawa_windows": "--steps 20",
+    "plain_loop": "--steps 2",
+    "post_hoc_ema": "--steps 20",
+    "soup_checkpoints": "--steps 8",
+    "swa_lightning": "--steps 80",  # three epochs, of which one begins in the last quarter
+    "swad": "--steps 10",
+    "switch_ema": "--steps 40",  # more than an epoch
+    "trajectory_sweep": "--steps 80",
+    "wsm": "--steps 20",
 }
-"""For each recipe, the fewest optimizer steps that go through all of it."""
+"""For each recipe, what makes it as small as goes through all of it."""
 
 
 @pytest.fixture(autouse=True)
@@ -41,21 +51,21 @@ def surroundings(tmp_path, monkeypatch):
         transformers.logging.enable_progress_bar()
 
 
-def run(script: Path, steps: int, monkeypatch) -> None:
-    monkeypatch.setattr(sys, "argv", [str(script), "--steps", str(steps)])
+def run(script: Path, arguments: str, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "argv", [str(script), *arguments.split()])
     runpy.run_path(str(script), run_name="__main__")
 
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.py")), ids=lambda path: path.stem)
 def test_recipe(recipe, monkeypatch, capsys):
-    assert recipe.stem in STEPS, f"say in STEPS how small {recipe.name} can run"
-    run(recipe, STEPS[recipe.stem], monkeypatch)
+    assert recipe.stem in ARGUMENTS, f"say in ARGUMENTS how small {recipe.name} can run"
+    run(recipe, ARGUMENTS[recipe.stem], monkeypatch)
     table = [line for line in capsys.readouterr().out.splitlines() if "  " in line]
     assert len(table) > 1
     assert "nan" not in "\n".join(table)
 
 
 def test_demo(monkeypatch, capsys):
-    run(ROOT / "scripts" / "demo.py", 5, monkeypatch)
+    run(ROOT / "scripts" / "demo.py", "--steps 5", monkeypatch)
     assert "bit for bit" in capsys.readouterr().out
     assert Path("runs/demo/loss.png").stat().st_size > 10_000

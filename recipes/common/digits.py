@@ -47,9 +47,12 @@ class Classifier(lightning.LightningModule):
             nn.Linear(width, 10),
         )
 
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.net(pixels)
+
     def loss(self, batch: list[Tensor]) -> Tensor:
         pixels, digit = batch
-        return cross_entropy(self.net(pixels), digit)
+        return cross_entropy(self(pixels), digit)
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         pixels, digit = batch
@@ -59,7 +62,7 @@ class Classifier(lightning.LightningModule):
 
     def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
         pixels, digit = batch
-        logits = self.net(pixels)
+        logits = self(pixels)
         self.log("val_loss", cross_entropy(logits, digit))
         self.log("val_accuracy", (logits.argmax(1) == digit).float().mean())
 
@@ -77,6 +80,10 @@ class History(lightning.Callback):
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self.steps.append(trainer.global_step)
         self.metrics.append({name: value.item() for name, value in trainer.callback_metrics.items()})
+
+    def curves(self, metrics: dict[str, str]) -> dict[str, list[float]]:
+        """The values of some metrics under other names: title → metric."""
+        return {title: [values[metric] for values in self.metrics] for title, metric in metrics.items()}
 
 
 def loaders() -> tuple[DataLoader[Any], DataLoader[Any]]:

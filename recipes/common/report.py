@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 
@@ -22,14 +22,15 @@ class Panel(NamedTuple):
     curves: Mapping[str, Sequence[float]]
 
 
-def arguments(description: str | None, steps: int) -> tuple[int, Path]:
-    """The number of optimizer steps from the command line, and the folder to write to, which is made."""
+def arguments(description: str | None, **defaults: int) -> tuple[Any, ...]:
+    """The value of each option in ``defaults`` from the command line, and the folder to write to, which is made."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=steps, metavar="N", help=f"optimizer steps (default {steps})")
-    chosen = parser.parse_args().steps
+    for name, default in defaults.items():
+        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{name} (default {default})")
     out = Path("runs") / Path(sys.argv[0]).stem
+    options = parser.parse_args()
     out.mkdir(parents=True, exist_ok=True)
-    return chosen, out
+    return *vars(options).values(), out
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str | float]]) -> str:
