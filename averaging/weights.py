@@ -86,8 +86,14 @@ class Binding:
                 if _averageable(parameter) and (frozen or parameter.requires_grad):
                     self.weights[_plain(f"{prefix}.{key}" if prefix else key)] = parameter
         if buffers:
+            # Only those that a checkpoint holds: the others are computed from the configuration.
+            passing = {
+                id(part._buffers[key])
+                for part in inner.modules()
+                for key in getattr(part, "_non_persistent_buffers_set", ())  # which scripted modules do not have
+            }
             for name, buffer in inner.named_buffers():
-                if _averageable(buffer):
+                if _averageable(buffer) and id(buffer) not in passing:
                     self.weights[_plain(name)] = buffer
         if not self.weights:
             raise ValueError(
@@ -114,7 +120,7 @@ def named_weights(model: nn.Module, *, frozen: bool = False, buffers: bool = Fal
     Args:
         model: the model, wrapped or not.
         frozen: also the parameters that do not require grad.
-        buffers: also the floating-point buffers (BatchNorm's running statistics).
+        buffers: also the floating-point buffers that checkpoints hold (BatchNorm's running statistics).
 
     Raises:
         ValueError: nothing to average, or the model is sharded by an engine that is not supported.

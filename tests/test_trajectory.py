@@ -290,6 +290,44 @@ def test_transformers_a_template_under_other_names_is_left_out_with_a_warning(tm
         assert set(uniform(tmp_path)) == set(named_weights(network()))
 
 
+def test_transformers_batchnorm_statistics_are_averaged_or_warned_of(tmp_path):
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    from averaging.transformers import Trajectory as TrajectoryCallback
+
+    def images(folder, buffers: bool):
+        torch.manual_seed(0)
+        config = ResNetConfig(
+            num_channels=1, embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic", num_labels=2
+        )
+        options = TrainingArguments(
+            str(tmp_path / "out"), max_steps=4, save_strategy="no", per_device_train_batch_size=4, report_to="none",
+            disable_tqdm=True, use_cpu=True,
+        )  # fmt: skip
+        rows = [{"pixel_values": torch.randn(1, 16, 16) + 2, "labels": i % 2} for i in range(16)]
+        model = ResNetForImageClassification(config)
+        Trainer(
+            model, options, train_dataset=rows, callbacks=[TrajectoryCallback(folder, every=2, buffers=buffers)]
+        ).train()
+        return model
+
+    model = images(tmp_path / "with", buffers=True)
+    assert cli.main([str(tmp_path / "with")]) == 0
+    opened = ResNetForImageClassification.from_pretrained(tmp_path / "with" / "soup").state_dict()
+    expected = mean64(list(map(clone, find(tmp_path / "with"))))
+    assert expected.keys() == named_weights(model, buffers=True).keys()
+    for name, tensor in expected.items():
+        assert torch.equal(opened[name], tensor), name
+    images(tmp_path / "without", buffers=False)
+    with pytest.warns(UserWarning, match="BatchNorm statistics"):
+        uniform(tmp_path / "without")
+
+
+def test_buffers_that_no_checkpoint_holds_are_not_stored(tmp_path):
+    model = llama()
+    assert not named_weights(model, buffers=True).keys() - model.state_dict().keys()
+
+
 # ---------------------------------------------------------------------- Lightning
 
 

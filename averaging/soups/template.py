@@ -28,10 +28,17 @@ def find_template(
         return None
     template = Checkpoint(beside)
     try:
-        _names(template, ingredients[-1])
+        names = _names(template, ingredients[-1])
     except ValueError as error:
         warnings.warn(f"the soup holds only the averaged weights: {error}", stacklevel=2)
         return None
+    if any(name.endswith(".running_var") for name in template.entries.keys() - names.values()):
+        warnings.warn(
+            f"the soup has the BatchNorm statistics of {template.path}, from the start of training: recompute them "
+            "with averaging.recalibrate, take them from a later checkpoint with --like (like=), or store them with "
+            "buffers=True",
+            stacklevel=2,
+        )
     return template
 
 
