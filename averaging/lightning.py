@@ -9,6 +9,7 @@ are all that is needed; only what is validated beside the average runs in a loop
 
 from __future__ import annotations
 
+import functools
 import os
 import secrets
 import shutil
@@ -83,7 +84,9 @@ class AveragingCallback(CallbackCore, Callback):
       which only resuming needs, lie in the folder ``last.ckpt.averaging-…`` beside it, as files that checkpoints share.
     - ``ModelCheckpoint(monitor=...)`` picks by any of these, and `load_average`, ``validate``, ``test`` and ``predict``
       with ``ckpt_path=`` take from its checkpoints what was measured: the online weights for ``online_val_loss``, that
-      average for ``ema_val_loss``. From other checkpoints they take the average.
+      average for ``ema_val_loss``. From other checkpoints they take the average. With ``save_weights_only=True`` a
+      checkpoint holds only these weights if a metric of an average other than the first, or of the online weights,
+      chose it, and otherwise those that ``checkpoint=`` names.
     - When training ends (at ``on_fit_end``) the model holds the average. The online weights are in the last
       checkpoint, and calling ``fit`` again with the same trainer continues from them (with new optimizers, as
       Lightning makes them; resume from the checkpoint to keep their state).
@@ -94,12 +97,12 @@ class AveragingCallback(CallbackCore, Callback):
     framework: ClassVar[str] = "lightning"
     _evaluation: ExitStack | None = None
     _rewind: Callable[[], None] | None = None
+    _detach: Callable[[], None] | None = None
     _online: Weights | None = None  # the weights being trained, while the model holds the average
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            key: value for key, value in self.__dict__.items() if key not in ("_evaluation", "_rewind", "recalibration")
-        }
+        passing = ("_evaluation", "_rewind", "_detach", "recalibration")
+        return {key: value for key, value in self.__dict__.items() if key not in passing}
 
     # ------------------------------------------------------------------ fit
 
@@ -109,18 +112,52 @@ class AveragingCallback(CallbackCore, Callback):
         if stage != "fit":
             return
         by_name(self._all_averagers(trainer))  # two of one name are an error
-        if not self._leads(trainer):
+        if self._leads(trainer):
+            self._attach(trainer, pl_module)
+        else:
             self.warn_ignored(leading(self._callbacks(trainer)))
-        for callback in trainer.checkpoint_callbacks:
-            if isinstance(callback, ModelCheckpoint) and callback.save_weights_only:
-                raise ValueError(
-                    "ModelCheckpoint(save_weights_only=True) leaves callbacks out of the checkpoint, and the averages "
-                    "with them: use save_weights_only=False"
-                )
         if trainer.global_step != self.averager.step:  # not a second fit() of the same trainer: a new run
             self._online = self.recalibration = None
             for averager in self.averagers:
                 averager.reset(trainer.global_step)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self._detach is not None:
+            self._detach()
+
+    def _attach(self, trainer: Any, module: LightningModule) -> None:
+        """Stand around `trainer.save_checkpoint`: callbacks are left out of a checkpoint of weights only."""
+        if self._detach is not None:
+            self._detach()  # the run before ended with an exception
+        others = tuple(f"{name}_" for name in self.beside(by_name(self._all_averagers(trainer))))
+        for callback in trainer.checkpoint_callbacks:
+            monitor = callback.monitor if isinstance(callback, ModelCheckpoint) and callback.save_weights_only else None
+            by_the_average = monitor and not monitor.startswith(others) and self.evaluate != "online"
+            if by_the_average and self.checkpoint == "online":
+                warnings.warn(
+                    f"ModelCheckpoint(monitor={monitor!r}, save_weights_only=True) picks by the average but would save "
+                    'the weights being trained: pass checkpoint="average" to save the average',
+                    stacklevel=2,
+                )
+        save = trainer.save_checkpoint
+
+        @functools.wraps(save)
+        def save_checkpoint(filepath: Any, weights_only: bool | None = None, *args: Any, **kwargs: Any) -> None:
+            weights: Average | Weights = {}
+            if weights_only:
+                wanted = self._chosen_by(_saving_monitor(), trainer)
+                if wanted is None:
+                    wanted = self.leader if self.checkpoint == "average" else ONLINE
+                averages = self.averages(self._all_averagers(trainer))
+                weights = averages[wanted] if wanted != ONLINE else self._online or {}
+            with applied(module, weights):
+                save(filepath, weights_only, *args, **kwargs)
+
+        def detach() -> None:
+            trainer.save_checkpoint = save
+            self._detach = None
+
+        trainer.save_checkpoint, self._detach = save_checkpoint, detach
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._online is not None and _holds(pl_module, self.average):

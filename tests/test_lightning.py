@@ -287,11 +287,6 @@ def test_two_averages_of_one_name_are_an_error(together: bool, tmp_path: Path) -
         )
 
 
-def test_checkpoints_without_callbacks_are_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="save_weights_only"):
-        fit(tmp_path, LAWA(every=1), ModelCheckpoint(tmp_path, save_weights_only=True))
-
-
 # ---------------------------------------------------------------------- the average
 
 
@@ -558,6 +553,37 @@ def test_the_best_checkpoint_is_what_was_measured(checkpoint: Any, evaluate: Any
     [metrics] = trainer.validate(module, ckpt_path="best", verbose=False)
     assert metrics["val_loss"] == lowest
     assert same(weights_of(module), load_average(best.best_model_path))
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "monitor"),
+    [("average", "val_loss"), ("average", "online_val_loss"), ("online", "ema_val_loss"), ("online", None)],
+)
+def test_a_checkpoint_of_weights_only_holds_what_was_measured(
+    checkpoint: Any, monitor: str | None, tmp_path: Path
+) -> None:
+    averagers = averaging.LAWA(k=2, every=1), averaging.EMA(0.8)
+    callback = AveragingCallback(*averagers, checkpoint=checkpoint, evaluate="all")
+    every = {} if monitor else {"every_n_train_steps": 1}
+    best = ModelCheckpoint(tmp_path, monitor=monitor, mode="max", save_weights_only=True, filename="{step}", **every)
+    _, module, recorder = fit(tmp_path, callback, best)
+    saved = content(Path(best.best_model_path))
+    assert "averaging" not in saved
+    if monitor is None:
+        assert same(dict(saved["state_dict"]), recorder.last)
+        return
+    highest = max(metrics[monitor] for metrics in recorder.measured)
+    assert validation_loss(saved["state_dict"], module) == pytest.approx(highest, rel=1e-6)
+    again = Regression.load_from_checkpoint(best.best_model_path)
+    [metrics] = make_trainer(tmp_path).validate(again, verbose=False)
+    assert metrics["val_loss"] == highest
+
+
+def test_a_checkpoint_of_weights_only_that_would_hold_something_else(tmp_path: Path) -> None:
+    best = ModelCheckpoint(tmp_path, monitor="val_loss", save_weights_only=True)
+    with pytest.warns(UserWarning, match='picks by the average but would save the weights being trained.*="average"'):
+        trainer, _, _ = fit(tmp_path, LAWA(k=2, every=1), best)
+    assert trainer.save_checkpoint.__func__ is Trainer.save_checkpoint
 
 
 MONITORS = {"val_loss": "lawa", "online_val_loss": "online", "slow_ema_val_loss": "slow_ema"}
