@@ -11,11 +11,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from averaging.anchors import Reference
     from averaging.apply import applied, load_into
     from averaging.averager import Averager
     from averaging.averagers.bema import BEMA
     from averaging.averagers.elastic_reset import ElasticReset
     from averaging.averagers.ema import EMA
+    from averaging.averagers.ema_anchor import EMAAnchor
     from averaging.averagers.lawa import LAWA
     from averaging.averagers.post_hoc_ema import PostHocEMA
     from averaging.averagers.swa import SWA
@@ -30,6 +32,7 @@ __version__ = "0.1.0"
 _HOME = {
     "BEMA": "averaging.averagers.bema",
     "EMA": "averaging.averagers.ema",
+    "EMAAnchor": "averaging.averagers.ema_anchor",
     "ElasticReset": "averaging.averagers.elastic_reset",
     "LAWA": "averaging.averagers.lawa",
     "PostHocEMA": "averaging.averagers.post_hoc_ema",
@@ -37,6 +40,7 @@ _HOME = {
     "SWAD": "averaging.averagers.swad",
     "Trajectory": "averaging.averagers.trajectory",
     "Averager": "averaging.averager",
+    "Reference": "averaging.anchors",
     "Weights": "averaging.weights",
     "applied": "averaging.apply",
     "diagnose": "averaging.diagnosis",
@@ -53,8 +57,10 @@ __all__ = [
     "SWA",
     "SWAD",
     "Averager",
+    "EMAAnchor",
     "ElasticReset",
     "PostHocEMA",
+    "Reference",
     "Trajectory",
     "Weights",
     "applied",

@@ -24,6 +24,8 @@ from typing import Any, ClassVar
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+import averaging
+from averaging.anchors import Reference
 from averaging.apply import applied, load_into
 from averaging.atomic import replacing
 from averaging.averager import Averager
@@ -44,8 +46,21 @@ from averaging.callbacks import (
     leading,
 )
 from averaging.randomness import random_state
+from averaging.schedule import Span
 
-__all__ = ["BEMA", "EMA", "LAWA", "SWA", "SWAD", "AveragingCallback", "ElasticReset", "PostHocEMA", "Trajectory"]
+__all__ = [
+    "BEMA",
+    "EMA",
+    "LAWA",
+    "SWA",
+    "SWAD",
+    "AnchorCallback",
+    "AveragingCallback",
+    "EMAAnchor",
+    "ElasticReset",
+    "PostHocEMA",
+    "Trajectory",
+]
 
 
 class AveragingCallback(CallbackCore, TrainerCallback):
@@ -86,9 +101,7 @@ class AveragingCallback(CallbackCore, TrainerCallback):
                 "averaging under DeepSpeed and FSDP is not supported: train with DDP, or average the saved "
                 "checkpoints afterwards with `soup`"
             )
-        steps_per_epoch = None
-        if (length := _length(kwargs.get("train_dataloader"))) is not None:
-            steps_per_epoch = max(1, math.ceil(length / args.gradient_accumulation_steps))
+        steps_per_epoch = _steps_per_epoch(args, kwargs.get("train_dataloader"))
         for averager in self.averagers:
             averager.reset(state.global_step, state.epoch or 0.0)
             averager.prepare(state.max_steps, steps_per_epoch)
@@ -125,8 +138,8 @@ class AveragingCallback(CallbackCore, TrainerCallback):
             kwargs["lr_scheduler"]._last_lr = rates  # which Trainer logs
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if getattr(kwargs.get("optimizer"), "step_was_skipped", False):
-            return  # fp16 found an overflow: nothing was learned in this step
+        if _skipped(kwargs):
+            return
         self.offer(kwargs["model"], [kwargs["optimizer"]], state.global_step, state.epoch)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -227,6 +240,89 @@ class AveragingCallback(CallbackCore, TrainerCallback):
         self._detach = detach
 
 
+class AnchorCallback(TrainerCallback):
+    """Keeps the reference of a TRL trainer at an average of the policy: GRPO, RLOO, DPO, KTO and their kin.
+
+        trainer = GRPOTrainer(..., callbacks=[EMAAnchor(mu=0.01)])                 # WARP, stage 1
+        trainer = DPOTrainer(..., callbacks=[EMAAnchor(mu=0.6, every=512)])        # TR-DPO
+        trainer = DPOTrainer(..., callbacks=[AnchorCallback(averaging.BEMA())])    # BEMA for the reference
+
+    The trainer's ``ref_model`` is written in place. Where the policy is a PEFT model and there is none, the adapter
+    ``"ref"`` is the reference, frozen and without dropout; TRL's trainers look for it. ``checkpoint-500/anchor`` holds
+    the state from which a run resumes exactly.
+
+    Args:
+        averager: which average, such as `averaging.EMAAnchor` or `averaging.BEMA`.
+
+    Raises:
+        TypeError: something that is not an averager.
+        ValueError: when training begins, where an anchor could not work: no reference (no such trainer, or β = 0),
+            reference log-probabilities computed beforehand, another callback that moves the reference, DeepSpeed or
+            FSDP, and what `averaging.Reference` refuses.
+    """
+
+    reference: Reference | None = None
+
+    def __init__(self, averager: Averager) -> None:
+        if not isinstance(averager, Averager):
+            raise TypeError(f"{averager!r} is not an averager: give an instance such as averaging.BEMA(every=400)")
+        self.averager = averager
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "reference"}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        trainer, checkpoint = _running_trainer(self, args, state)
+        if (problem := self._problem(trainer)) is not None:
+            raise ValueError(f"{type(self).__name__} cannot work here: {problem}")
+        averager = self.averager
+        averager.prepare(state.max_steps, _steps_per_epoch(args, kwargs.get("train_dataloader")))
+        averager.reset(state.global_step, state.epoch or 0.0)
+        if checkpoint:
+            try:
+                averager.load(checkpoint / averager.name)
+            except FileNotFoundError as error:
+                raise FileNotFoundError(
+                    f"{checkpoint} holds no state of {averager.name!r} ({error}), so training cannot resume exactly: "
+                    "resume from a checkpoint that has it, or begin a new run with the checkpoint's model"
+                ) from error
+        self.reference = Reference(averager, trainer.model, trainer.ref_model)
+        self.reference.write()
+
+    def _problem(self, trainer: Any) -> str | None:
+        """Why the trainer's reference cannot follow the policy, if it cannot."""
+        args, kind = trainer.args, type(trainer).__name__
+        averagers: list[Averager] = []
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, AveragingCallback):
+                averagers += callback.averagers
+            elif isinstance(callback, AnchorCallback) and callback is not self:
+                return "there are two of them: one reference follows one average"
+        if self.averager.name in (home(averager) for averager in averagers):
+            return f"an average of this run is named {self.averager.name!r}, too: give it another name="
+        if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+            return "DeepSpeed and FSDP are not supported, as their parameters are not whole weights: train with DDP"
+        if not hasattr(trainer, "ref_model"):
+            return f"{kind} has no reference model. TRL's GRPO, RLOO, DPO and KTO trainers have one"
+        if getattr(trainer, "beta", None) == 0:
+            return f"with beta=0 {kind} uses no reference model: give beta a positive value"
+        if getattr(args, "precompute_ref_log_probs", False):
+            return "precompute_ref_log_probs=True computes the reference's output once, before it moves: leave it out"
+        if getattr(args, "sync_ref_model", False):
+            return "sync_ref_model=True moves the reference, too: leave it out"
+        return None
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.reference is not None and not _skipped(kwargs):
+            self.reference.update(state.global_step, epoch=state.epoch)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if args.should_save:
+            self.averager.save(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / self.averager.name)
+
+
 def _running_trainer(
     callback: TrainerCallback, args: TrainingArguments, state: TrainerState
 ) -> tuple[Any, Path | None]:
@@ -306,11 +402,16 @@ def _training_forward(trainer: Any, model: nn.Module, batch: Any) -> None:
         trainer.compute_loss(model, inputs)
 
 
-def _length(dataloader: Any) -> int | None:
+def _steps_per_epoch(args: TrainingArguments, dataloader: Any) -> int | None:
     try:
-        return len(dataloader)
+        return max(1, math.ceil(len(dataloader) / args.gradient_accumulation_steps))
     except TypeError:
         return None
+
+
+def _skipped(kwargs: dict[str, Any]) -> bool:
+    """Whether fp16 found an overflow, so that nothing was learned in this step."""
+    return bool(getattr(kwargs.get("optimizer"), "step_was_skipped", False))
 
 
 def _enter_eval(optimizer: Any) -> None:
@@ -333,6 +434,15 @@ class LAWA(LAWASettings, AveragingCallback):
 
 class ElasticReset(ElasticResetSettings, AveragingCallback):
     """`averaging.ElasticReset` for `transformers.Trainer`."""
+
+
+class EMAAnchor(AnchorCallback):
+    """`averaging.EMAAnchor` for TRL's trainers, with its arguments."""
+
+    def __init__(
+        self, mu: float = 0.01, *, every: Span | None = None, start: Span = 0, name: str | None = None
+    ) -> None:
+        super().__init__(averaging.EMAAnchor(mu, every=every, start=start, name=name))
 
 
 class EMA(EMASettings, AveragingCallback):

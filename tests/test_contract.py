@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from averaging import BEMA, EMA, LAWA, SWA, SWAD, ElasticReset, PostHocEMA, applied, load_into, named_weights
+from averaging import BEMA, EMA, LAWA, SWA, SWAD, ElasticReset, EMAAnchor, PostHocEMA, applied, load_into, named_weights
 
 
 class Watched(SWAD):
@@ -41,6 +41,7 @@ TABLE = {
     "post-hoc-ema": lambda **o: PostHocEMA(tempfile.mkdtemp(dir=FOLDERS.name), every=2, snapshots=4, **o),
     "ema-switch": lambda **o: EMA(0.9, switch=4, **o),
     "elastic-reset": lambda **o: ElasticReset(4, 0.9, **o),
+    "ema-anchor": lambda **o: EMAAnchor(0.3, every=2, **o),
     "bema": lambda **o: BEMA(every=2, **o),
     "bema-device": lambda **o: BEMA(0.9, 0.5, rho=2, every=3, memory="device", **o),
     "swad": lambda **o: Watched(2, 3, **o),
