@@ -124,6 +124,17 @@ def with_a_loop() -> dict[str, Any]:
     return {"model": model, "optimizer": optimizer, "batches": [torch.ones(4, 2)] * 300, "evaluate": nn.Module.eval}
 
 
+def with_a_reference() -> dict[str, Any]:
+    names = with_a_loop()
+    policy = names["model"]
+    return {
+        **names,
+        "policy": policy,
+        "reference_model": Loss(),
+        "loss": lambda policy, reference, batch: policy(batch) - reference(batch).detach(),
+    }
+
+
 def with_accelerate() -> dict[str, Any]:
     from accelerate import Accelerator
 
@@ -139,6 +150,8 @@ NAMES: dict[str, Callable[[], dict[str, Any]]] = {
     "Lightning": with_lightning,
     "Your own loop": with_a_loop,
     "Your own loop 2": with_accelerate,
+    "Aligning a policy: anchors and resets": lambda: dict.fromkeys(("GRPOTrainer", "DPOTrainer"), transformers_trainer),
+    "Aligning a policy: anchors and resets 2": with_a_reference,
     "Choose the average afterwards": dict,
 }
 """For each Python block, what gives the names that it uses and does not define."""
