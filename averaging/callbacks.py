@@ -158,16 +158,8 @@ class CallbackCore:
         return []
 
     def announce(self, model: nn.Module) -> None:
-        """Log one line for each averager: what it keeps, where, how many bytes, and when there is an average."""
-        # Seen by default, as Lightning's own lines are; logging.getLogger("averaging").setLevel("WARNING") hides them.
-        if not LOG.hasHandlers():
-            handler = logging.StreamHandler()
-            handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
-            LOG.addHandler(handler)
-        if LOG.level == logging.NOTSET:
-            LOG.setLevel(logging.INFO)
-        for averager in self.averagers:
-            LOG.info(averager.announcement(averager.bind(model)))
+        """`announce` the averagers of this callback."""
+        announce(self.averagers, model)
 
     def offer(self, model: nn.Module, optimizers: Iterable[Any], step: int, epoch: float | None) -> None:
         """Offer the weights after an optimizer step, and write back what an averager wants training to go on from."""
@@ -238,6 +230,19 @@ class CallbackCore:
     def _other_trainers(self) -> str:
         other = {"lightning": "transformers", "transformers": "lightning"}[self.framework]
         return f"this {type(self).__name__} is a callback for {self.framework}: import it from averaging.{other}"
+
+
+def announce(averagers: Iterable[Averager], model: nn.Module) -> None:
+    """Log one line for each averager: what it keeps, where, how many bytes, and when there is an average."""
+    # Seen by default, as Lightning's own lines are; logging.getLogger("averaging").setLevel("WARNING") hides them.
+    if not LOG.hasHandlers():
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+        LOG.addHandler(handler)
+    if LOG.level == logging.NOTSET:
+        LOG.setLevel(logging.INFO)
+    for averager in averagers:
+        LOG.info(averager.announcement(averager.bind(model)))
 
 
 def by_name(averagers: Iterable[Averager]) -> dict[str, Average]:

@@ -41,6 +41,7 @@ from averaging.callbacks import (
     SWADSettings,
     SWASettings,
     TrajectorySettings,
+    announce,
     by_name,
     home,
     leading,
@@ -278,8 +279,8 @@ class AnchorCallback(TrainerCallback):
         if (problem := self._problem(trainer)) is not None:
             raise ValueError(f"{type(self).__name__} cannot work here: {problem}")
         averager = self.averager
-        averager.prepare(state.max_steps, _steps_per_epoch(args, kwargs.get("train_dataloader")))
         averager.reset(state.global_step, state.epoch or 0.0)
+        averager.prepare(state.max_steps, _steps_per_epoch(args, kwargs.get("train_dataloader")))
         if checkpoint:
             try:
                 averager.load(checkpoint / averager.name)
@@ -290,6 +291,8 @@ class AnchorCallback(TrainerCallback):
                 ) from error
         self.reference = Reference(averager, trainer.model, trainer.ref_model)
         self.reference.write()
+        if state.is_world_process_zero:
+            announce([averager], trainer.model)
 
     def _problem(self, trainer: Any) -> str | None:
         """Why the trainer's reference cannot follow the policy, if it cannot."""

@@ -311,7 +311,7 @@ def test_refused_anywhere(policy_path, tokenizer, tmp_path):
     with pytest.raises(ValueError, match="two of them"):
         attempt([Callback(), Callback(name="other")])
     with pytest.raises(ValueError, match="named 'anchor'"):
-        attempt([AveragingCallback(averaging.EMA(0.9, name="anchor")), Callback()])
+        attempt([AveragingCallback(averaging.EMA(0.5, name="anchor")), Callback()])
     run = trainer("dpo", policy_path, tokenizer, tmp_path, [Sharded(), Callback()])
     with pytest.raises(ValueError, match="FSDP"):
         run.train()

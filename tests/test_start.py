@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from averaging import BEMA, EMA, LAWA, SWA, SWAD, ElasticReset, PostHocEMA, Trajectory
+from averaging import BEMA, EMA, LAWA, SWA, SWAD, ElasticReset, EMAAnchor, PostHocEMA, Trajectory
 
 
 def network(dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -36,6 +36,11 @@ LINES = [
         lambda _: ElasticReset(every=0.1),
         "elasticreset: back to the EMA of decay 0.995 every 100 steps; 3.6 MB in CPU memory, and 3.6 MB in CPU memory; "
         "every step; first at step 1",
+    ),
+    (
+        lambda _: EMAAnchor(0.6, every=512),
+        "anchor: the reference, 0.6 of the way to the policy each time; 3.6 MB in CPU memory; every 512 steps; "
+        "first average at step 512",
     ),
     (
         lambda _: SWAD(),

@@ -62,6 +62,17 @@ class EMAAnchor(Averager):
         self._ema: dict[str, Tensor] = {}
         super().__init__(every=every, start=start, name=name or "anchor", frozen=frozen, buffers=buffers)
 
+    def describe(self, weights: Weights) -> str:
+        return f"the reference, {self.mu:g} of the way to the policy each time; {self._cost(weights)}"
+
+    def problem(self) -> str | None:
+        if super().problem() is None:
+            return None
+        return (
+            f"the reference would first move after {self.first_average()} optimizer steps but the run ends after "
+            f"{self.run.steps}: it will stay as it is"
+        )
+
     def due(self, last: tuple[int, float], now: tuple[int, float | None]) -> bool:
         return not self.absorbed or super().due(last, now)
 
