@@ -391,7 +391,6 @@ class ElasticResetSettings(CallbackCore):
         frozen: bool = False,
         buffers: bool = False,
         missing: Literal["error", "start"] = "error",
-        batchnorm: int = LIMIT,
     ) -> None:
         averager = averaging.ElasticReset(
             every,
@@ -403,7 +402,7 @@ class ElasticResetSettings(CallbackCore):
             frozen=frozen,
             buffers=buffers,
         )
-        super().__init__(averager, missing=missing, batchnorm=batchnorm)
+        super().__init__(averager, missing=missing)
 
 
 class EMASettings(CallbackCore):
