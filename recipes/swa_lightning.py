@@ -2,9 +2,9 @@
 
     python recipes/swa_lightning.py
 
-A small classifier learns scikit-learn's digits. BatchNorm's running
-statistics are those of the online weights; for the average the callback recomputes them from training batches, and
-``buffers=True`` averages them instead. Some twenty seconds.
+A small classifier learns scikit-learn's digits. BatchNorm's running statistics are those of the online weights; for
+the average the callback recomputes them from training batches, and ``buffers=True`` averages them instead. Some
+twenty seconds.
 """
 
 from typing import Any
