@@ -247,6 +247,7 @@ class Averager(ABC):
     def _resolve(self) -> Schedule:
         return Schedule(self.every or self.default_every(self.run), self.start)
 
+    @torch.inference_mode(False)  # what is kept would be of no use outside of that mode
     @torch.no_grad()
     def update(
         self, model: nn.Module | Weights, step: int | None = None, *, epoch: float | None = None

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,6 +61,12 @@ def _refuse_sharded(module: nn.Module) -> None:
             )
 
 
+def _refuse_lazy(name: str, tensor: Tensor) -> None:
+    """Raise for a tensor whose shape is not known yet."""
+    if is_lazy(tensor):
+        raise ValueError(f"{name!r} is in a lazy module that has not seen any input so far: run it on a batch first")
+
+
 class Binding:
     """The tensors of a model that are averaged, found once and checked cheaply ever after.
 
@@ -83,8 +90,10 @@ class Binding:
                 # By identity: a tied weight counts once, under its first name.
                 seen.add(id(parameter))
                 self._watched.append((owner, key, parameter, parameter.requires_grad))
+                name = _plain(f"{prefix}.{key}" if prefix else key)
+                _refuse_lazy(name, parameter)
                 if _averageable(parameter) and (frozen or parameter.requires_grad):
-                    self.weights[_plain(f"{prefix}.{key}" if prefix else key)] = parameter
+                    self.weights[name] = parameter
         if buffers:
             # Only those that a checkpoint holds: the others are computed from the configuration.
             passing = {
@@ -132,6 +141,7 @@ def every_name(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """All parameters and buffers of ``model`` under all their names, those of tied weights included."""
     inner = unwrap(model)
     for name, tensor in (*inner.named_parameters(remove_duplicate=False), *inner.named_buffers(remove_duplicate=False)):
+        _refuse_lazy(_plain(name), tensor)
         yield _plain(name), tensor
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, distributed, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils import parametrizations, prune
 
-from averaging import EMA, LAWA, applied, load_into
+from averaging import EMA, LAWA, SWA, SWAD, applied, load_into
 
 AVERAGES = {
     "lawa": lambda: LAWA(k=3, every=2),
@@ -288,3 +288,33 @@ def test_wrapping_does_not_change_names(kind):
     run.train(averager, 1, 2)
     averager.update(run.bare, 3)  # the bare model is the same one
     load_into(run.bare, averager)
+
+
+MORE = {**AVERAGES, "swa": lambda: SWA(0, every=1), "swad": lambda: SWAD(1, 1, metric="loss")}
+
+
+@pytest.mark.parametrize("average", MORE.values(), ids=MORE)
+def test_updates_inside_and_outside_inference_mode(average):
+    averager, plain, run = average(), average(), Run("tied")
+    for step in range(1, STEPS + 1):
+        run.train(plain, step, step)
+        with torch.inference_mode(step % 3 == 1):  # the first absorption, among others
+            averager.update(run.model, step)
+            averager.observe({"loss": 1.0}, step)
+            if averager.ready:
+                averager.average()
+        plain.observe({"loss": 1.0}, step)
+    assert_same(averager.average(), plain.average())
+    load_into(run.model, averager)
+    run.train(averager, STEPS + 1, STEPS + 1)
+
+
+def test_a_lazy_module_must_have_seen_an_input():
+    model, averager = nn.Sequential(nn.Linear(6, 6), nn.LazyLinear(2)), EMA(0.9)
+    with pytest.raises(ValueError, match=r"'1\.weight' .* run it on a batch first"):
+        averager.update(model)
+    with pytest.raises(ValueError, match="run it on a batch first"):
+        load_into(model, {"1.weight": torch.zeros(2, 6)})
+    model(torch.zeros(1, 6))
+    averager.update(model)
+    load_into(model, averager)
