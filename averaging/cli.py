@@ -20,7 +20,7 @@ from averaging.text import size
 if TYPE_CHECKING:
     from averaging.checkpoints import Checkpoint
     from averaging.soups.engine import Progress
-    from averaging.soups.uniform import Uniform
+    from averaging.soups.soup import Soup
 
 DESCRIPTION = """\
 Average the weights of saved checkpoints.
@@ -28,6 +28,10 @@ Average the weights of saved checkpoints.
   soup checkpoints/                      all checkpoints in a folder, written to checkpoints/soup/
   soup checkpoints/ --last 5 -o out/     the five newest
   soup a.ckpt b.ckpt -o out.safetensors  just these
+  soup ft/ --method wise-ft --init base/ --alpha 0.5 -o out/
+                                         between a model and what it was fine-tuned to
+  soup a/ b/ --method slerp --init base/ -o out/
+                                         task vectors, merged on the sphere
   soup runs/ --sweep window=1,2,5,10 --evaluate my_module:validation_loss
                                          the best of many averages
 """
@@ -37,6 +41,19 @@ A checkpoint is a Hugging Face model folder, a PEFT adapter folder, a .safetenso
 The result is the same kind of thing as its ingredients, or safetensors; soup.json in it (or NAME.soup.json beside it)
 records what it was made from. Exit status: 0 done, 2 error (nothing was written), 130 interrupted.
 """
+
+
+# Each method's own options.
+METHODS: dict[str, tuple[str, ...]] = {
+    "uniform": ("weights",),
+    "wise-ft": ("init", "alpha"),
+    "task": ("init", "weights", "scale"),
+    "slerp": ("init", "weights", "eta"),
+    "model-stock": ("init",),
+    "ema": ("decay",),
+}
+OWN = sorted({name for names in METHODS.values() for name in names})
+CHOICES = ("like", "dtype", "allow_nonfinite", "only", "skip")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -50,13 +67,29 @@ def parser() -> argparse.ArgumentParser:
     choice.add_argument("--last", type=int, metavar="K", help="only the K newest")
     choice.add_argument("--every", type=int, metavar="N", help="only every N-th, counted back from the newest")
     choice.add_argument("--at", type=_steps, metavar="STEP,...", help="ending at these steps (--sweep, --post-hoc)")
+    choice.add_argument("--only", metavar="REGEX", help="average only tensors in whose names this is found")
+    choice.add_argument(
+        "--skip", metavar="REGEX", help="do not average these; they are the last checkpoint's, or --like's"
+    )
     result = p.add_argument_group("how they are averaged")
+    result.add_argument("--method", choices=METHODS, help="uniform (default), or what the next options describe")
+    result.add_argument("--init", metavar="BASE", help="the model that the others were fine-tuned from")
+    result.add_argument(
+        "--alpha", type=float, help="wise-ft: (1 - alpha) BASE + alpha PATH, between 0 and 1 (default 0.5)"
+    )
+    result.add_argument(
+        "--scale", type=float, help="task: BASE + scale times the sum of the task vectors PATH - BASE (default 1)"
+    )
+    result.add_argument(
+        "--eta", type=float, help="slerp: how far from BASE to the merged model to go, between 0 and 1 (default 1)"
+    )
+    result.add_argument("--decay", type=float, help="ema: the decay per optimizer step")
     result.add_argument(
         "--weights",
         type=_weights,
         metavar="W,W,...",
         help="a weight for each, in the order listed by --dry-run; or a decay of the learning rate that they stand in "
-        "for: linear, cosine or inverse_sqrt",
+        "for: linear, cosine or inverse_sqrt. With --method task of any sign: --weights=-1",
     )
     result.add_argument(
         "--post-hoc", type=float, metavar="WIDTH", help="the EMA of this relative width, from snapshots of PostHocEMA"
@@ -124,7 +157,8 @@ def _run(options: argparse.Namespace) -> None:
     assert soup.output is not None
     if not options.quiet:
         seconds = time.monotonic() - began
-        print(f"{soup.output.path}: average of {len(soup.ingredients)}, {size(soup.output.nbytes)}, {seconds:.1f} s")
+        what = "average" if soup.method == "uniform" else soup.method
+        print(f"{soup.output.path}: {what} of {len(soup.ingredients)}, {size(soup.output.nbytes)}, {seconds:.1f} s")
 
 
 def _sweep(options: argparse.Namespace) -> None:
@@ -132,7 +166,7 @@ def _sweep(options: argparse.Namespace) -> None:
     from averaging.soups.sweep import label, plan, sweep
 
     began = time.monotonic()
-    _refuse(options, "--sweep", "weights", "post_hoc")
+    _refuse(options, "--sweep", "post_hoc", "method", *OWN)
     if options.evaluate is None:
         raise ValueError("--sweep needs --evaluate MODULE:FUNCTION, which returns the metric of an average")
     axes = dict(options.sweep)
@@ -143,7 +177,7 @@ def _sweep(options: argparse.Namespace) -> None:
         paths = select(gather(paths), options.last, options.every)
     else:
         _refuse(options, "--sweep post-hoc", "last", "every")
-    choices = {name: getattr(options, name) for name in ("like", "dtype", "allow_nonfinite")}
+    choices = {name: getattr(options, name) for name in CHOICES}
     output = _output(options)
     if options.dry_run:
         plans = plan(paths, axes, options.at, **choices)
@@ -187,14 +221,19 @@ def _function(text: str) -> Callable[[Checkpoint], float]:
     return function
 
 
-def _soup(options: argparse.Namespace) -> Uniform:
+def _soup(options: argparse.Namespace) -> Soup:
     from averaging.checkpoints import gather, select
+    from averaging.soups.ema import EMA
+    from averaging.soups.model_stock import ModelStock
     from averaging.soups.post_hoc import rebuilding
+    from averaging.soups.slerp import Slerp
+    from averaging.soups.task import Task
     from averaging.soups.uniform import Uniform
+    from averaging.soups.wise_ft import WiseFT
 
-    choices = {name: getattr(options, name) for name in ("like", "dtype", "allow_nonfinite", "force")}
+    choices = {name: getattr(options, name) for name in (*CHOICES, "force")}
     if options.post_hoc is not None:
-        _refuse(options, "--post-hoc", "last", "every", "weights")
+        _refuse(options, "--post-hoc", "last", "every", "method", *OWN)
         if len(options.paths) > 1:
             raise ValueError("--post-hoc takes a single folder, that of PostHocEMA's snapshots")
         if options.at and len(options.at) > 1:
@@ -202,8 +241,19 @@ def _soup(options: argparse.Namespace) -> Uniform:
         step = options.at[0] if options.at else None
         return rebuilding(options.paths[0], options.post_hoc, step, _output(options), **choices)
     _refuse(options, "a soup without --post-hoc or --sweep", "at")
-    ingredients = select(gather(options.paths), options.last, options.every)
-    return Uniform(ingredients, _output(options), weights=options.weights, **choices)
+    method = options.method or "uniform"
+    _refuse(options, f"--method {method}", *(name for name in OWN if name not in METHODS[method]))
+    for needed in {"init", "decay"} & set(METHODS[method]):
+        if getattr(options, needed) is None:
+            raise ValueError(f"--method {method} needs --{needed}")
+    own = {name: getattr(options, name) for name in METHODS[method] if getattr(options, name) is not None}
+    ingredients: Any = select(gather(options.paths), options.last, options.every)
+    if method == "wise-ft":
+        if len(ingredients) != 1:
+            raise ValueError(f"--method wise-ft takes a single fine-tuned model, not {len(ingredients)}")
+        ingredients = ingredients[0]
+    soups = {"uniform": Uniform, "wise-ft": WiseFT, "task": Task, "slerp": Slerp, "model-stock": ModelStock, "ema": EMA}
+    return cast("Callable[..., Soup]", soups[method])(ingredients, _output(options), **own, **choices)
 
 
 def _refuse(options: argparse.Namespace, what: str, *names: str) -> None:
@@ -223,11 +273,12 @@ def _output(options: argparse.Namespace) -> str | Path:
     return folder / DEFAULT_OUTPUT
 
 
-def _describe(soup: Uniform) -> str:
+def _describe(soup: Soup) -> str:
     lines = ["read"]
-    for ingredient, share in zip(soup.ingredients, soup.coefficients, strict=True):
+    shares = [f"{c:.4f} × " for c in soup.coefficients or ()] or [""] * len(soup.ingredients)
+    for ingredient, share in zip(soup.ingredients, shares, strict=True):
         step = "" if ingredient.step is None else f", step {ingredient.step}"
-        lines.append(f"  {share:.4f} × {ingredient.path} ({size(ingredient.nbytes)}{step})")
+        lines.append(f"  {share}{ingredient.path} ({size(ingredient.nbytes)}{step})")
     if soup.model is not soup.ingredients[-1]:
         lines.append(f"  the rest from {soup.model.path}")
     assert soup.output is not None

@@ -155,6 +155,31 @@ class Combiner:
         return memory[:, :size].unbind()
 
 
+class Products:
+    """All inner products of d₀ = x₀ and dᵢ = xᵢ − x₀, in float64; of complex numbers the real parts.
+
+    It keeps its working memory, a float64 copy of all blocks. For one thread at a time.
+    """
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0, dtype=torch.float64)
+
+    def __call__(self, blocks: Iterable[Tensor], count: int, total: Tensor) -> None:
+        """Add the products of ``count`` tensors, all alike and flat, to ``total``; they may share memory."""
+        wide = self._memory
+        for i, block in enumerate(blocks):
+            if block.is_complex():
+                block = torch.view_as_real(block).reshape(-1)
+            if i == 0:
+                if self._memory.numel() < count * block.numel():
+                    self._memory = torch.empty(count * block.numel(), dtype=torch.float64)
+                wide = self._memory[: count * block.numel()].view(count, -1)
+            wide[i].copy_(block)
+            if i:
+                wide[i] -= wide[0]
+        total.addmm_(wide, wide.T)
+
+
 def combine(
     groups: Iterable[tuple[Sequence[Tensor], Tensor]],
     coefficients: Sequence[float] | None = None,

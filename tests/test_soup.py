@@ -351,7 +351,8 @@ def test_the_options_are_frozen():
     options = {option for action in cli.parser()._actions for option in action.option_strings}
     assert options == {
         "-h", "--help", "--version", "-o", "--output", "--last", "--every", "--weights", "--like", "--dtype",
-        "--post-hoc", "--at", "--sweep", "--evaluate", "--metric",
+        "--post-hoc", "--at", "--sweep", "--evaluate", "--metric", "--method", "--init", "--alpha", "--scale", "--eta",
+        "--decay", "--only", "--skip",
         "--allow-nonfinite", "--dry-run", "--force", "-q", "--quiet", "--debug",
     }  # fmt: skip
 

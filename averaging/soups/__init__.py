@@ -1,7 +1,12 @@
 """Soups: averages of saved checkpoints. Importing this imports no torch."""
 
+from averaging.soups.ema import ema
+from averaging.soups.model_stock import model_stock
 from averaging.soups.post_hoc import post_hoc
+from averaging.soups.slerp import slerp
 from averaging.soups.sweep import Sweep, sweep
+from averaging.soups.task import task
 from averaging.soups.uniform import uniform
+from averaging.soups.wise_ft import wise_ft
 
-__all__ = ["Sweep", "post_hoc", "sweep", "uniform"]
+__all__ = ["Sweep", "ema", "model_stock", "post_hoc", "slerp", "sweep", "task", "uniform", "wise_ft"]

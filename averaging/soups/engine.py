@@ -1,6 +1,7 @@
 """Linear combinations of checkpoints, streamed piece by piece on all cores.
 
-Every soup is Σ cᵢ·xᵢ with some choice of coefficients. Each worker thread reads one small piece of a tensor from each
+Every soup is Σ cᵢ·xᵢ with some choice of coefficients, the same for all tensors or each tensor's own, which may follow
+from what the `Gram` matrices tell of the ingredients. Each worker thread reads one small piece of a tensor from each
 ingredient, adds it to a float64 sum that stays in the cache, rounds once and hands the result on: memory depends
 neither on the number nor on the size of the checkpoints.
 """
@@ -13,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -39,13 +40,11 @@ AVERAGED = ("bfloat16", "float16", "float32", "float64", "complex64")
 
 @dataclass(frozen=True, slots=True)
 class _Tensor:
-    """One tensor of the soup: where it lies in every ingredient, and what is done with it."""
+    """One tensor of the soup: where it lies in every ingredient."""
 
     name: str
-    dtype: str
     descriptors: list[int]
     sources: list[Entry]
-    digests: list[bytearray] = field(repr=False)
 
     @property
     def nbytes(self) -> int:
@@ -56,48 +55,24 @@ class _Tensor:
         return self.sources[0].dtype in AVERAGED
 
 
-class Mixer:
-    """Computes Σ cᵢ·xᵢ / divisor over ``ingredients`` for every tensor, in float64, rounded once.
+class _Pass:
+    """Reads every tensor of all ingredients once, task by task on all cores.
 
-    Args:
-        ingredients: checkpoints with the same names, shapes and dtypes.
-        coefficients: one per ingredient; ``None`` stands for ones.
-        divisor: what the sum is divided by.
-        dtypes: name → dtype of the result.
-        sink: where the results go.
-        allow_nonfinite: accept NaN and infinity in the ingredients.
-        progress: called from time to time.
-
-    Tensors that are not floating-point must be the same in all ingredients, except that ``num_batches_tracked``
-    (BatchNorm's count of training batches, which grows from step to step) is the last ingredient's.
+    What is done with a task, from its first byte to its last, is `_task`'s business.
     """
 
-    def __init__(
-        self,
-        ingredients: Sequence[Checkpoint],
-        coefficients: Sequence[float] | None,
-        divisor: float,
-        dtypes: Mapping[str, str],
-        sink: Sink,
-        *,
-        allow_nonfinite: bool = False,
-        progress: Progress | None = None,
-    ) -> None:
+    advice = "leave this checkpoint out"
+
+    def __init__(self, ingredients: Sequence[Checkpoint], progress: Progress | None = None) -> None:
         self.ingredients = ingredients
-        self.coefficients = coefficients
-        self.divisor = divisor
-        self.dtypes = dtypes
-        self.sink = sink
-        self.allow_nonfinite = allow_nonfinite
         self.progress = progress
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._done = 0
         self._total = sum(ingredient.nbytes for ingredient in ingredients)
-        self._digests: list[dict[str, bytes]] = [{} for _ in ingredients]
 
     def run(self, groups: Sequence[Sequence[str]]) -> Iterator[int]:
-        """Mix the tensors named, group by group; yields the number of each group when it is finished.
+        """Take the tensors named, group by group; yields the number of each group when it is finished.
 
         Only one group's files are open at a time.
 
@@ -118,6 +93,15 @@ class Mixer:
         finally:
             torch.set_num_threads(threads)  # the workers' setting is also that of threads to come
 
+    def _begin(self, tensor: _Tensor, tasks: int) -> None:
+        raise NotImplementedError
+
+    def _task(self, tensor: _Tensor, start: int, stop: int, buffers: _Buffers) -> None:
+        raise NotImplementedError
+
+    def _end(self, tensor: _Tensor) -> None:
+        raise NotImplementedError
+
     def _run_group(self, pool: ThreadPoolExecutor, workers: int, names: Sequence[str]) -> None:
         with ExitStack() as stack:
             opened: dict[str, int] = {}
@@ -128,10 +112,8 @@ class Mixer:
                     if (path := str(source.file)) not in opened:
                         opened[path] = open_regular(source.file)
                         stack.callback(os.close, opened[path])
-                tasks_in_all = -(-(sources[0].stop - sources[0].start) // (PIECE * TASK))
-                digests = [bytearray(32 * tasks_in_all) for _ in sources]
-                descriptors = [opened[str(source.file)] for source in sources]
-                tensors.append(_Tensor(name, self.dtypes[name], descriptors, sources, digests))
+                tensors.append(_Tensor(name, [opened[str(source.file)] for source in sources], sources))
+                self._begin(tensors[-1], -(-tensors[-1].nbytes // (PIECE * TASK)))
             tasks = ((t, start) for t in tensors for start in range(0, t.nbytes, PIECE * TASK))
             running = [pool.submit(self._work, tasks) for _ in range(workers)]
             try:
@@ -148,8 +130,94 @@ class Mixer:
                 wait(running)  # before their files are closed
             self._stop.clear()
             for tensor in tensors:
-                for known, parts in zip(self._digests, tensor.digests, strict=True):
-                    known[tensor.name] = hashlib.sha256(parts).digest()
+                self._end(tensor)
+
+    def _work(self, tasks: Iterator[tuple[_Tensor, int]]) -> None:
+        torch.set_num_threads(1)
+        buffers = _Buffers()
+        while not self._stop.is_set():
+            with self._lock:
+                task = next(tasks, None)
+            if task is None:
+                return
+            tensor, start = task
+            stop = min(start + PIECE * TASK, tensor.nbytes)
+            self._task(tensor, start, stop, buffers)
+            with self._lock:
+                self._done += (stop - start) * len(self.ingredients)
+
+    def _rows(
+        self,
+        tensor: _Tensor,
+        start: int,
+        size: int,
+        buffers: _Buffers,
+        dtype: torch.dtype,
+        digests: Sequence[hashlib._Hash] = (),
+    ) -> Iterator[Tensor]:
+        """One piece of each ingredient in turn; the next one may overwrite the memory. Feeds ``digests`` with it."""
+        sources, descriptors = tensor.sources, tensor.descriptors
+        rows, views, matrix = buffers.pieces(dtype, size, padded=bool(digests))
+        for first in range(0, len(sources), ROWS):
+            count = min(ROWS, len(sources) - first)
+            for i in range(count):
+                source = sources[first + i]
+                read_into(descriptors[first + i], views[i], source.start + start, source.file)
+            if digests:
+                sums = torch.cat((matrix.sum(2), matrix.sum(1)), 1).numpy()
+                for i in range(count):
+                    digests[first + i].update(sums[i])
+            yield from rows[:count]
+
+    def _find_nonfinite(self, tensor: _Tensor, start: int, size: int, buffers: _Buffers) -> None:
+        dtype = getattr(torch, tensor.sources[0].dtype)
+        for number, values in enumerate(self._rows(tensor, start, size, buffers, dtype)):
+            bad = torch.isfinite(values).logical_not_()
+            if bad.any():
+                index = int(bad.nonzero()[0])
+                raise ValueError(
+                    f"{self.ingredients[number].path}: tensor {tensor.name!r} holds {values[index].item()} at element "
+                    f"{start // dtype.itemsize + index}; {self.advice}"
+                )
+
+
+class Mixer(_Pass):
+    """Computes Σ cᵢ·xᵢ / divisor over ``ingredients`` for every tensor, in float64, rounded once.
+
+    Args:
+        ingredients: checkpoints with the same names, shapes and dtypes.
+        coefficients: one per ingredient, or name → one per ingredient; ``None`` stands for ones.
+        divisor: what the sum is divided by.
+        dtypes: name → dtype of the result.
+        sink: where the results go.
+        allow_nonfinite: accept NaN and infinity in the ingredients.
+        progress: called from time to time.
+
+    Tensors that are not floating-point must be the same in all ingredients, except that ``num_batches_tracked``
+    (BatchNorm's count of training batches, which grows from step to step) is the last ingredient's.
+    """
+
+    advice = "leave this checkpoint out, or pass --allow-nonfinite (allow_nonfinite=True) to average it all the same"
+
+    def __init__(
+        self,
+        ingredients: Sequence[Checkpoint],
+        coefficients: Sequence[float] | Mapping[str, Sequence[float]] | None,
+        divisor: float,
+        dtypes: Mapping[str, str],
+        sink: Sink,
+        *,
+        allow_nonfinite: bool = False,
+        progress: Progress | None = None,
+    ) -> None:
+        super().__init__(ingredients, progress)
+        self.coefficients = coefficients
+        self.divisor = divisor
+        self.dtypes = dtypes
+        self.sink = sink
+        self.allow_nonfinite = allow_nonfinite
+        self._parts: dict[str, list[bytearray]] = {}
+        self._digests: list[dict[str, bytes]] = [{} for _ in ingredients]
 
     def checksums(self) -> list[str]:
         """What identifies the content of each ingredient, whatever files and order its tensors are stored in.
@@ -169,26 +237,22 @@ class Mixer:
             sums.append(f"piecesums-sha256:{total.hexdigest()}")
         return sums
 
-    def _work(self, tasks: Iterator[tuple[_Tensor, int]]) -> None:
-        torch.set_num_threads(1)
-        buffers = _Buffers()
-        while not self._stop.is_set():
-            with self._lock:
-                task = next(tasks, None)
-            if task is None:
+    def _begin(self, tensor: _Tensor, tasks: int) -> None:
+        self._parts[tensor.name] = [bytearray(32 * tasks) for _ in tensor.sources]
+
+    def _task(self, tensor: _Tensor, start: int, stop: int, buffers: _Buffers) -> None:
+        digests = [hashlib.sha256() for _ in tensor.sources]
+        for position in range(start, stop, PIECE):
+            if self._stop.is_set():
                 return
-            tensor, start = task
-            stop = min(start + PIECE * TASK, tensor.nbytes)
-            digests = [hashlib.sha256() for _ in tensor.sources]
-            for position in range(start, stop, PIECE):
-                if self._stop.is_set():
-                    return
-                self._mix(tensor, position, min(PIECE, stop - position), buffers, digests)
-            place = slice(start // (PIECE * TASK) * 32, (start // (PIECE * TASK) + 1) * 32)
-            for known, digest in zip(tensor.digests, digests, strict=True):
-                known[place] = digest.digest()
-            with self._lock:
-                self._done += (stop - start) * len(self.ingredients)
+            self._mix(tensor, position, min(PIECE, stop - position), buffers, digests)
+        place = slice(start // (PIECE * TASK) * 32, (start // (PIECE * TASK) + 1) * 32)
+        for part, digest in zip(self._parts[tensor.name], digests, strict=True):
+            part[place] = digest.digest()
+
+    def _end(self, tensor: _Tensor) -> None:
+        for known, part in zip(self._digests, self._parts.pop(tensor.name), strict=True):
+            known[tensor.name] = hashlib.sha256(part).digest()
 
     def _mix(self, tensor: _Tensor, start: int, size: int, buffers: _Buffers, digests: Sequence[hashlib._Hash]) -> None:
         dtype = getattr(torch, tensor.sources[0].dtype) if tensor.averaged else torch.uint8
@@ -196,38 +260,21 @@ class Mixer:
         if not tensor.averaged:
             self.sink(tensor.name, start, self._agree(tensor, rows).numpy().data)
             return
-        dtype_out: torch.dtype = getattr(torch, tensor.dtype)
+        dtype_out: torch.dtype = getattr(torch, self.dtypes[tensor.name])
         out, raw_out = buffers.result(dtype_out, size // dtype.itemsize)
-        finite = buffers.combine(rows, out, self.coefficients, self.divisor)
+        own = self.coefficients[tensor.name] if isinstance(self.coefficients, Mapping) else self.coefficients
+        finite = buffers.combine(rows, out, own, self.divisor)
         if not finite and not self.allow_nonfinite:
             # One bad number among the ingredients makes this sum bad; it may also just overflow.
             sum_ = out.sum(dtype=kernels.accumulator_dtype(dtype_out))
             if not torch.isfinite(sum_).item():
-                self._find_nonfinite(tensor, start, size, buffers, out)
+                self._find_nonfinite(tensor, start, size, buffers)
+                if not torch.isfinite(out).all():
+                    raise ValueError(
+                        f"tensor {tensor.name!r}: the average is too large for {self.dtypes[tensor.name]}; "
+                        "choose a wider dtype"
+                    )
         self.sink(tensor.name, start * dtype_out.itemsize // dtype.itemsize, raw_out)
-
-    def _rows(
-        self,
-        tensor: _Tensor,
-        start: int,
-        size: int,
-        buffers: _Buffers,
-        dtype: torch.dtype,
-        digests: Sequence[hashlib._Hash] = (),
-    ) -> Iterator[Tensor]:
-        """One piece of each ingredient in turn; the next one may overwrite the memory. Feeds ``digests`` with it."""
-        sources, descriptors = tensor.sources, tensor.descriptors
-        rows, views, matrix = buffers.pieces(dtype, size)
-        for first in range(0, len(sources), ROWS):
-            count = min(ROWS, len(sources) - first)
-            for i in range(count):
-                source = sources[first + i]
-                read_into(descriptors[first + i], views[i], source.start + start, source.file)
-            if digests:
-                sums = torch.cat((matrix.sum(2), matrix.sum(1)), 1).numpy()
-                for i in range(count):
-                    digests[first + i].update(sums[i])
-            yield from rows[:count]
 
     def _agree(self, tensor: _Tensor, rows: Iterator[Tensor]) -> Tensor:
         """A piece that is not averaged: the same in all ingredients, or the last one's."""
@@ -245,22 +292,51 @@ class Mixer:
                 )
         return kept
 
-    def _find_nonfinite(self, tensor: _Tensor, start: int, size: int, buffers: _Buffers, out: Tensor) -> None:
-        finite = torch.isfinite(out)
+
+class Gram(_Pass):
+    """Measures x₀ and the differences xᵢ − x₀ of every floating-point tensor: all their inner products, in float64.
+
+    ``products[name][i][j]`` is ⟨dᵢ, dⱼ⟩ with d₀ = x₀ and dᵢ = xᵢ − x₀, whatever the number of threads.
+
+    Args:
+        ingredients: checkpoints with the same names, shapes and dtypes.
+        progress: called from time to time.
+    """
+
+    def __init__(self, ingredients: Sequence[Checkpoint], progress: Progress | None = None) -> None:
+        super().__init__(ingredients, progress)
+        self.products: dict[str, list[list[float]]] = {}
+        self._parts: dict[str, list[Tensor]] = {}
+        # All ingredients' blocks together, in float64, are to stay in the cache.
+        self._block = max(PIECE // len(ingredients) // 16 * 16, 16)
+
+    def measure(self) -> dict[str, list[list[float]]]:
+        """The products of all floating-point tensors; raises as `run` does."""
+        entries = self.ingredients[0].entries
+        for _ in self.run([[name for name, entry in entries.items() if entry.dtype in AVERAGED]]):
+            pass
+        return self.products
+
+    def _begin(self, tensor: _Tensor, tasks: int) -> None:
+        count = len(tensor.sources)
+        self._parts[tensor.name] = [torch.zeros(count, count, dtype=torch.float64) for _ in range(tasks)]
+
+    def _task(self, tensor: _Tensor, start: int, stop: int, buffers: _Buffers) -> None:
         dtype = getattr(torch, tensor.sources[0].dtype)
-        for number, values in enumerate(self._rows(tensor, start, size, buffers, dtype)):
-            bad = torch.isfinite(values).logical_not_()
-            if bad.any():
-                index = int(bad.nonzero()[0])
-                raise ValueError(
-                    f"{self.ingredients[number].path}: tensor {tensor.name!r} holds {values[index].item()} at element "
-                    f"{start // dtype.itemsize + index}; leave this checkpoint out, or pass --allow-nonfinite "
-                    "(allow_nonfinite=True) to average it all the same"
-                )
-        if not finite.all():
-            raise ValueError(
-                f"tensor {tensor.name!r}: the average is too large for {tensor.dtype}; choose a wider dtype"
-            )
+        part = self._parts[tensor.name][start // (PIECE * TASK)]
+        for position in range(start, stop, self._block):
+            if self._stop.is_set():
+                return
+            size = min(self._block, stop - position)
+            buffers.products(self._rows(tensor, position, size, buffers, dtype), len(tensor.sources), part)
+        if not torch.isfinite(part).all():
+            for position in range(start, stop, PIECE):
+                self._find_nonfinite(tensor, position, min(PIECE, stop - position), buffers)
+            raise ValueError(f"tensor {tensor.name!r}: its numbers are too large to be squared and summed")
+
+    def _end(self, tensor: _Tensor) -> None:
+        zero = torch.zeros(len(tensor.sources), len(tensor.sources), dtype=torch.float64)
+        self.products[tensor.name] = sum(self._parts.pop(tensor.name), zero).tolist()
 
 
 class _Buffers:
@@ -268,15 +344,16 @@ class _Buffers:
 
     def __init__(self) -> None:
         self.combine = kernels.Combiner()
+        self.products = kernels.Products()
         self._raw = torch.empty((ROWS, PIECE), dtype=torch.uint8)
         self._out = torch.empty(PIECE * 4, dtype=torch.uint8)  # a bfloat16 may become a float64
         self._matrix = self._raw.view(torch.int64).view(ROWS, -1, 128)
         self._pieces: dict[tuple[torch.dtype, int], tuple[Sequence[Tensor], list[memoryview]]] = {}
         self._results: dict[tuple[torch.dtype, int], tuple[Tensor, memoryview]] = {}
 
-    def pieces(self, dtype: torch.dtype, size: int) -> tuple[Sequence[Tensor], list[memoryview], Tensor]:
+    def pieces(self, dtype: torch.dtype, size: int, padded: bool) -> tuple[Sequence[Tensor], list[memoryview], Tensor]:
         """Where a piece of ``size`` bytes of each of some ingredients goes: as tensors, as bytes, and for checksums."""
-        if size < PIECE:
+        if padded and size < PIECE:
             self._raw[:, size:] = 0
         if (dtype, size) not in self._pieces:
             raw = self._raw[:, :size]

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from averaging.atomic import replacing, staging_folder
 from averaging.checkpoints import Checkpoint, gather
 from averaging.decay import Decay, check_decay
+from averaging.soups.ema import check_ema, ema_weights
 from averaging.soups.post_hoc import rebuilding, snapshots
 from averaging.soups.uniform import Uniform
 
@@ -107,6 +108,8 @@ def sweep(
     dtype: str | None = None,
     allow_nonfinite: bool = False,
     force: bool = False,
+    only: str | None = None,
+    skip: str | None = None,
     progress: Progress | None = None,
 ) -> Sweep:
     """Evaluate every combination of the settings at every checkpoint, and write the best average.
@@ -135,7 +138,7 @@ def sweep(
         post_hoc: relative widths of post-hoc EMAs; goes with no other setting.
         at: the steps at which the averages end; all by default.
         best: whether the lowest or the highest metric is best.
-        like, dtype, allow_nonfinite, force: as in `averaging.soups.uniform`.
+        like, dtype, allow_nonfinite, force, only, skip: as in `averaging.soups.uniform`.
         progress: called before each evaluation.
 
     Raises:
@@ -147,7 +150,7 @@ def sweep(
     if best not in ("min", "max"):
         raise ValueError(f"best={best!r}: give 'min' or 'max'")
     axes = {"window": window, "spacing": spacing, "decay": decay, "weights": weights, "post_hoc": post_hoc}
-    options = {"like": like, "dtype": dtype, "allow_nonfinite": allow_nonfinite}
+    options = {"like": like, "dtype": dtype, "allow_nonfinite": allow_nonfinite, "only": only, "skip": skip}
     plans = plan(paths, {axis: values for axis, values in axes.items() if values}, at, **options)
     beside = [] if output is None else [Path(f"{Path(output)}.sweep{suffix}") for suffix in (".csv", ".png")]
     if output is not None:
@@ -234,12 +237,6 @@ def plan(
     return plans
 
 
-def ema_weights(steps: Sequence[int], decay: float) -> list[float]:
-    """The weights of checkpoints at ``steps`` in an EMA with ``decay`` per optimizer step; they sum to one."""
-    kept = [0.0] + [decay ** (after - before) for before, after in itertools.pairwise(steps)]
-    return [(1 - kept[i]) * math.prod(kept[i + 1 :]) for i in range(len(steps))]
-
-
 def label(setting: Setting) -> str:
     """A setting in words: ``window 5, spacing 2``."""
     return ", ".join(f"{axis.replace('_', '-')} {value}" for axis, value in setting.items())
@@ -254,8 +251,8 @@ def _check(axes: Mapping[str, Sequence[Any]]) -> None:
                 raise ValueError(f"{axis}={value!r}: must be a whole number of checkpoints, at least 1")
             if axis == "weights":
                 check_decay(value)
-            if axis == "decay" and not 0 <= value < 1:
-                raise ValueError(f"decay={value!r}: must be at least 0 and less than 1, per optimizer step")
+            if axis == "decay":
+                check_ema(value)
     for one, others in (("post_hoc", {"window", "spacing", "decay", "weights"}), ("decay", {"weights"})):
         if one in axes and (clash := others & axes.keys()):
             raise ValueError(f"{one} and {min(clash)} cannot be swept together")

@@ -9,25 +9,17 @@ from __future__ import annotations
 
 import math
 import os
-import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Unpack
 
-from averaging.checkpoints import Checkpoint, gather
+from averaging.checkpoints import Checkpoint
 from averaging.decay import Decay, decay_weights
-from averaging.soups.output import Output, check_alike
-from averaging.soups.template import find_template, named_like
+from averaging.soups.soup import Options, Paths, Soup, check_numbers, opened
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from averaging.soups.engine import Progress
-
-# What --dtype accepts, with the usual short names.
-DTYPES = {"bfloat16": "bfloat16", "float16": "float16", "float32": "float32", "float64": "float64"}
-DTYPES |= {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
 
 
 def uniform(
@@ -39,6 +31,8 @@ def uniform(
     dtype: str | None = None,
     allow_nonfinite: bool = False,
     force: bool = False,
+    only: str | None = None,
+    skip: str | None = None,
     progress: Progress | None = None,
 ) -> Mapping[str, Tensor]:
     """Average saved checkpoints: Σ wᵢθᵢ / Σ wᵢ, summed in float64 and rounded once.
@@ -63,6 +57,8 @@ def uniform(
             ``None``: as in the checkpoints, or in ``like``.
         allow_nonfinite: go on when a checkpoint holds NaN or infinity.
         force: replace an existing output.
+        only: a regular expression found in the names of the tensors to average, and ``skip``, one in the names of those
+            not to: the others are copied from ``like``, or from the last checkpoint, and may differ in shape.
         progress: called from time to time with the bytes read and the bytes to read.
 
     Returns:
@@ -88,129 +84,42 @@ def uniform(
         dtype=dtype,
         allow_nonfinite=allow_nonfinite,
         force=force,
+        only=only,
+        skip=skip,
     ).cook(progress)
 
 
-class Uniform:
-    """A uniform soup, checked and ready to be cooked; the arguments are those of `uniform`. No torch up to there.
+class Uniform(Soup):
+    """A uniform soup, checked and ready to be cooked; the arguments are those of `uniform`.
 
     ``method`` and what else is in ``facts`` go into the record of the soup.
     """
 
     def __init__(
         self,
-        paths: Iterable[str | os.PathLike[str] | Checkpoint] | str | os.PathLike[str],
+        paths: Paths,
         output: str | os.PathLike[str] | None = None,
         *,
         weights: Sequence[float] | Decay | None = None,
-        like: str | os.PathLike[str] | Checkpoint | None = None,
-        dtype: str | None = None,
-        allow_nonfinite: bool = False,
-        force: bool = False,
         method: str = "uniform",
         facts: Mapping[str, Any] | None = None,
+        **options: Unpack[Options],
     ) -> None:
-        self.ingredients = gather([paths] if isinstance(paths, str | os.PathLike) else paths)
-        if method == "uniform" and len(self.ingredients) < 2:
-            found = f"only {self.ingredients[0].path}" if self.ingredients else "none"
+        models = opened(paths)
+        if method == "uniform" and len(models) < 2:
+            found = f"only {models[0].path}" if models else "none"
             raise ValueError(f"a soup needs at least two checkpoints, found {found}")
-        check_alike(self.ingredients)
-        self.model = self.ingredients[-1]
-        if template := find_template(self.ingredients, like):
-            self.model, self.ingredients = template, named_like(template, self.ingredients)
-        self.method, self.facts = method, facts or {}
-        if dtype is not None and dtype not in DTYPES:
-            raise ValueError(f"unknown dtype {dtype!r}; one of {', '.join(DTYPES)}")
-        self.dtype = None if dtype is None else DTYPES[dtype]
-        self.weights = None if weights is None else _checked(weights, self.ingredients)
-        self.divisor = float(len(self.ingredients)) if self.weights is None else math.fsum(self.weights)
-        self.allow_nonfinite = allow_nonfinite
-        self.dtypes = {
-            name: self.dtype if self.dtype and entry.dtype in DTYPES else entry.dtype
-            for name, entry in self.model.entries.items()
-        }
-        self.output = None
-        if output is not None:
-            self.output = Output(output, self.model, self.ingredients, self.dtypes, converted=self.dtype, force=force)
-
-    @property
-    def coefficients(self) -> list[float]:
-        """What each ingredient is multiplied by; they sum to one."""
-        return [weight / self.divisor for weight in self.weights or [1.0] * len(self.ingredients)]
-
-    def record(self, checksums: Sequence[str] | None = None) -> dict[str, Any]:
-        """The provenance of the soup. Without checksums it has the length that it will have with them."""
-        checksums = checksums or ["piecesums-sha256:" + "0" * 64] * len(self.ingredients)
-        return {
-            "method": self.method,
-            **self.facts,
-            "ingredients": [
-                {"path": str(ingredient.path), "step": ingredient.step, "coefficient": share, "checksum": checksum}
-                for ingredient, share, checksum in zip(self.ingredients, self.coefficients, checksums, strict=True)
-            ],
-            "like": None if self.model is self.ingredients[-1] else str(self.model.path),
-            "dtype": self.dtype or "as the ingredients",
-            "versions": {package: _version(package) for package in ("averaging", "torch", "safetensors")},
-        }
-
-    def cook(self, progress: Progress | None = None) -> Mapping[str, Tensor]:
-        """Compute the soup and write it, if it has an output."""
-        import torch
-
-        from averaging.soups.engine import Mixer
-
-        held = self.ingredients[-1].entries.keys()
-        checksums: list[str] = []
-
-        def mix(sink: Any, groups: Sequence[Sequence[str]]) -> Iterator[int]:
-            mixer = Mixer(
-                self.ingredients,
-                self.weights,
-                self.divisor,
-                self.dtypes,
-                sink,
-                allow_nonfinite=self.allow_nonfinite,
-                progress=progress,
-            )
-            # What the ingredients do not hold is the mean of the model alone.
-            copier = Mixer([self.model], None, 1.0, self.dtypes, sink, allow_nonfinite=True)
-            others = [[name for name in group if name not in held] for group in groups]
-            copied = copier.run(others) if any(others) else groups
-            mixed = mixer.run([[name for name in group if name in held] for group in groups])
-            for number, _ in zip(mixed, copied, strict=True):
-                yield number
-            checksums.extend(mixer.checksums())
-
-        if self.output is None:
-            shapes = {name: entry.shape for name, entry in self.model.entries.items()}
-            soup = {name: torch.empty(shapes[name], dtype=getattr(torch, self.dtypes[name])) for name in shapes}
-            views = {name: tensor.reshape(-1).view(torch.uint8).numpy().data for name, tensor in soup.items()}
-
-            def keep(name: str, offset: int, data: memoryview) -> None:
-                views[name][offset : offset + len(data)] = data
-
-            for _ in mix(keep, [list(soup)]):
-                pass
-            self._warn_of_twins(checksums)
-            return soup
-        with self.output.writing(self.record()) as writing, ThreadPoolExecutor(1) as flusher:
-            groups = [list(file.tensors) for file in self.output.files]
-            # A finished shard goes to the disk while the next one is mixed.
-            flushed = [flusher.submit(writing.sync, number) for number in mix(writing.sink, groups)]
-            for future in flushed:
-                future.result()
-            self._warn_of_twins(checksums)
-            writing.finish(self.record(checksums))
-        return Checkpoint(self.output.path)
-
-    def _warn_of_twins(self, checksums: Sequence[str]) -> None:
-        if self.method != "uniform":
-            return  # two EMAs are the same until the second absorption
-        seen: dict[str, Checkpoint] = {}
-        for ingredient, checksum in zip(self.ingredients, checksums, strict=True):
-            twin = seen.setdefault(checksum, ingredient)
-            if twin is not ingredient:
-                warnings.warn(f"{twin.path} and {ingredient.path} have the same content", stacklevel=4)
+        own = None if weights is None else _checked(weights, models)
+        super().__init__(
+            models,
+            output,
+            weights=own,
+            divisor=float(len(models)) if own is None else math.fsum(own),
+            method=method,
+            facts=facts,
+            twins=method == "uniform",  # two EMAs are the same until the second absorption
+            **options,
+        )
 
 
 def _checked(weights: Sequence[float] | Decay, ingredients: Sequence[Checkpoint]) -> list[float] | None:
@@ -221,22 +130,7 @@ def _checked(weights: Sequence[float] | Decay, ingredients: Sequence[Checkpoint]
         if steps != sorted(steps):
             raise ValueError(f"weights={weights!r} are for checkpoints in the order of their steps, not {steps}")
         return decay_weights(weights, len(ingredients))
-    weights = [float(weight) for weight in weights]
-    if len(weights) != len(ingredients):
-        raise ValueError(
-            f"{len(weights)} weights for {len(ingredients)} checkpoints; give one for each, in their order"
-        )
-    if not all(map(math.isfinite, weights)):
-        raise ValueError(f"weights must be finite numbers, not {weights}")
+    weights = check_numbers("weights", weights, ingredients)
     if not math.fsum(weights) > 0:
         raise ValueError(f"the weights {weights} must have a positive sum")
     return weights
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:  # run from a source tree
-        import averaging
-
-        return averaging.__version__ if package == "averaging" else "unknown"

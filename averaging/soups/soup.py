@@ -1,0 +1,293 @@
+"""A soup of any kind, checked and ready to be cooked: what all methods share. No torch until it is cooked.
+
+A method is a file that says what is combined with which coefficients, or which formula gives a tensor's coefficients
+from the inner products of its ingredients.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any, TypedDict
+
+from averaging.checkpoints import Checkpoint, gather
+from averaging.soups.output import Output, check_alike
+from averaging.soups.template import find_template, named_like
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from averaging.soups.engine import Progress
+
+PathLike = str | os.PathLike[str] | Checkpoint
+Paths = Iterable[PathLike] | str | os.PathLike[str]
+Formula = Callable[[Sequence[Sequence[float]]], Sequence[float]]
+"""From the inner products of a tensor's task vectors τᵢ = θᵢ − θ_init to what the task vectors are multiplied by."""
+
+# What --dtype accepts, with the usual short names.
+DTYPES = {"bfloat16": "bfloat16", "float16": "float16", "float32": "float32", "float64": "float64"}
+DTYPES |= {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
+
+
+class Options(TypedDict, total=False):
+    """What every method takes, as in `averaging.soups.uniform`."""
+
+    like: PathLike | None
+    dtype: str | None
+    allow_nonfinite: bool
+    force: bool
+    only: str | None
+    skip: str | None
+
+
+class Soup:
+    """Σ cᵢθᵢ, checked and ready to be cooked.
+
+    Args:
+        models: the ingredients.
+        output: where it is written, if anywhere.
+        init: the model that the others were fine-tuned from. The soup is then θ_init + Σ cᵢ (θᵢ − θ_init).
+        weights: one number per model; ``None`` stands for ones.
+        divisor: what the weights are divided by to give the coefficients.
+        formula: gives the coefficients of each tensor instead of the weights.
+        method: the method's name, and ``facts``, what else is to be known of it: for the record.
+        twins: warn when two ingredients have the same content.
+
+    The others are as in `averaging.soups.uniform`.
+    """
+
+    def __init__(
+        self,
+        models: Sequence[Checkpoint],
+        output: str | os.PathLike[str] | None = None,
+        *,
+        init: PathLike | None = None,
+        weights: Sequence[float] | None = None,
+        divisor: float = 1.0,
+        formula: Formula | None = None,
+        method: str,
+        facts: Mapping[str, Any] | None = None,
+        twins: bool = True,
+        like: PathLike | None = None,
+        dtype: str | None = None,
+        allow_nonfinite: bool = False,
+        force: bool = False,
+        only: str | None = None,
+        skip: str | None = None,
+    ) -> None:
+        self.init = None if init is None else _opened(init, models)
+        self.method, self.facts, self.twins = method, dict(facts or {}), twins
+        self.formula, self.allow_nonfinite = formula, allow_nonfinite
+        if formula is not None and allow_nonfinite:
+            raise ValueError(
+                f"{method} measures the weights, which NaN and infinity would spoil; leave out "
+                "--allow-nonfinite (allow_nonfinite=True)"
+            )
+        self.ingredients = [*([] if self.init is None else [self.init]), *models]
+        self.weights = list(weights) if weights is not None else None
+        if self.init is not None and formula is None:
+            self.weights = with_init([weight / divisor for weight in weights or [1.0] * len(models)])
+            divisor = 1.0
+        self.divisor = divisor
+        if only is not None or skip is not None:
+            like = self.ingredients[-1] if like is None else like
+            self.ingredients = [_narrowed(ingredient, only, skip) for ingredient in self.ingredients]
+            self.facts |= {"only": only, "skip": skip}
+        check_alike(self.ingredients)
+        self.model = self.ingredients[-1]
+        if template := find_template(self.ingredients, like):
+            self.model, self.ingredients = template, named_like(template, self.ingredients)
+        if dtype is not None and dtype not in DTYPES:
+            raise ValueError(f"unknown dtype {dtype!r}; one of {', '.join(DTYPES)}")
+        self.dtype = None if dtype is None else DTYPES[dtype]
+        self.dtypes = {
+            name: self.dtype if self.dtype and entry.dtype in DTYPES else entry.dtype
+            for name, entry in self.model.entries.items()
+        }
+        self.output = None
+        if output is not None:
+            self.output = Output(output, self.model, self.ingredients, self.dtypes, converted=self.dtype, force=force)
+
+    @property
+    def coefficients(self) -> list[float] | None:
+        """What each ingredient is multiplied by, if that is the same in all tensors."""
+        if self.formula is not None:
+            return None
+        return [weight / self.divisor for weight in self.weights or [1.0] * len(self.ingredients)]
+
+    def record(
+        self, measured: Mapping[str, Sequence[float]] | None = None, checksums: Sequence[str] | None = None
+    ) -> dict[str, Any]:
+        """The provenance of the soup. Without checksums it has the length that it will have with them."""
+        checksums = checksums or ["piecesums-sha256:" + "0" * 64] * len(self.ingredients)
+        shares: Sequence[float | None] = self.coefficients or [None] * len(self.ingredients)
+        return {
+            "method": self.method,
+            **self.facts,
+            "ingredients": [
+                {"path": str(ingredient.path), "step": ingredient.step, "coefficient": share, "checksum": checksum}
+                for ingredient, share, checksum in zip(self.ingredients, shares, checksums, strict=True)
+            ],
+            **({"coefficients": dict(measured)} if measured is not None else {}),
+            "like": None if self.model is self.ingredients[-1] else str(self.model.path),
+            "dtype": self.dtype or "as the ingredients",
+            "versions": {package: _version(package) for package in ("averaging", "torch", "safetensors")},
+        }
+
+    def cook(self, progress: Progress | None = None) -> Mapping[str, Tensor]:
+        """Compute the soup and write it, if it has an output."""
+        import torch
+
+        from averaging.soups.engine import Mixer
+
+        held = self.ingredients[-1].entries.keys()
+        checksums: list[str] = []
+        measured: dict[str, list[float]] | None = None
+        if self.formula is not None:
+            measured = self._measure(self.formula, progress)
+            if progress is not None:
+                progress = _second_half(progress)
+        coefficients = self.weights if measured is None else measured
+
+        def mix(sink: Any, groups: Sequence[Sequence[str]]) -> Iterator[int]:
+            mixer = Mixer(
+                self.ingredients,
+                coefficients,
+                self.divisor,
+                self.dtypes,
+                sink,
+                allow_nonfinite=self.allow_nonfinite,
+                progress=progress,
+            )
+            # What the ingredients do not hold is the mean of the model alone.
+            copier = Mixer([self.model], None, 1.0, self.dtypes, sink, allow_nonfinite=True)
+            others = [[name for name in group if name not in held] for group in groups]
+            copied = copier.run(others) if any(others) else groups
+            mixed = mixer.run([[name for name in group if name in held] for group in groups])
+            for number, _ in zip(mixed, copied, strict=True):
+                yield number
+            checksums.extend(mixer.checksums())
+
+        if self.output is None:
+            shapes = {name: entry.shape for name, entry in self.model.entries.items()}
+            soup = {name: torch.empty(shapes[name], dtype=getattr(torch, self.dtypes[name])) for name in shapes}
+            views = {name: tensor.reshape(-1).view(torch.uint8).numpy().data for name, tensor in soup.items()}
+
+            def keep(name: str, offset: int, data: memoryview) -> None:
+                views[name][offset : offset + len(data)] = data
+
+            for _ in mix(keep, [list(soup)]):
+                pass
+            self._warn_of_twins(checksums)
+            return soup
+        with self.output.writing(self.record(measured)) as writing, ThreadPoolExecutor(1) as flusher:
+            groups = [list(file.tensors) for file in self.output.files]
+            # A finished shard goes to the disk while the next one is mixed.
+            flushed = [flusher.submit(writing.sync, number) for number in mix(writing.sink, groups)]
+            for future in flushed:
+                future.result()
+            self._warn_of_twins(checksums)
+            writing.finish(self.record(measured, checksums))
+        return Checkpoint(self.output.path)
+
+    def _measure(self, formula: Formula, progress: Progress | None) -> dict[str, list[float]]:
+        """The coefficients of all ingredients in each floating-point tensor."""
+        from averaging.soups.engine import Gram
+
+        halved = None if progress is None else lambda done, total: progress(done, 2 * total)
+        products = Gram(self.ingredients, halved).measure()
+        return {name: with_init(formula([row[1:] for row in gram[1:]])) for name, gram in products.items()}
+
+    def _warn_of_twins(self, checksums: Sequence[str]) -> None:
+        seen: dict[str, Checkpoint] = {}
+        for ingredient, checksum in zip(self.ingredients, checksums if self.twins else (), strict=self.twins):
+            twin = seen.setdefault(checksum, ingredient)
+            if twin is not ingredient:
+                effect = "; its task vector is zero" if self.init is not None and twin is self.ingredients[0] else ""
+                warnings.warn(f"{twin.path} and {ingredient.path} have the same content{effect}", stacklevel=4)
+
+
+def opened(paths: Paths) -> list[Checkpoint]:
+    """The checkpoints that ``paths`` stand for; see `averaging.checkpoints.gather`."""
+    return gather([paths] if isinstance(paths, str | os.PathLike) else paths)
+
+
+def with_init(coefficients: Sequence[float]) -> list[float]:
+    """What the initial model and the others are multiplied by, from what the task vectors are multiplied by."""
+    return [math.fsum([1.0, *(-c for c in coefficients)]), *coefficients]
+
+
+def check_numbers(what: str, numbers: Sequence[float], models: Sequence[Checkpoint]) -> list[float]:
+    """``numbers`` as floats: one finite number for each model.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if isinstance(numbers, str):
+        raise ValueError(f"{what}={numbers!r} is for the uniform soup; give numbers")
+    numbers = [float(number) for number in numbers]
+    if len(numbers) != len(models):
+        raise ValueError(f"{len(numbers)} {what} for {len(models)} checkpoints; give one for each, in their order")
+    if not all(map(math.isfinite, numbers)):
+        raise ValueError(f"{what} must be finite numbers, not {numbers}")
+    return numbers
+
+
+def check_fraction(what: str, value: float) -> float:
+    """``value``, a number from 0 to 1.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not 0 <= value <= 1:
+        raise ValueError(f"{what}={value!r}: must be between 0 and 1")
+    return float(value)
+
+
+def _opened(init: PathLike, models: Sequence[Checkpoint]) -> Checkpoint:
+    opened = init if isinstance(init, Checkpoint) else Checkpoint(init)
+    real = os.path.realpath(opened.path)
+    for model in models:
+        if os.path.realpath(model.path) == real:
+            raise ValueError(
+                f"{model.path} is both the initial model and an ingredient; name what was fine-tuned from it only"
+            )
+    return opened
+
+
+def _narrowed(ingredient: Checkpoint, only: str | None, skip: str | None) -> Checkpoint:
+    """``ingredient`` with the tensors whose names match ``only`` and do not match ``skip``."""
+    patterns: dict[str, re.Pattern[str]] = {}
+    for what, text in (("only", only), ("skip", skip)):
+        try:
+            patterns[what] = re.compile(text or "")
+        except re.error as error:
+            raise ValueError(f"{what}={text!r} is not a regular expression: {error}") from error
+    narrowed = copy.copy(ingredient)
+    narrowed.entries = {
+        name: entry
+        for name, entry in ingredient.entries.items()
+        if patterns["only"].search(name) and not (skip is not None and patterns["skip"].search(name))
+    }
+    if not narrowed.entries:
+        raise ValueError(f"only={only!r} and skip={skip!r} leave none of the tensors in {ingredient.path}")
+    return narrowed
+
+
+def _second_half(progress: Progress) -> Progress:
+    return lambda done, total: progress(total + done, 2 * total)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # run from a source tree
+        import averaging
+
+        return averaging.__version__ if package == "averaging" else "unknown"
