@@ -120,10 +120,10 @@ def diagnose(model: nn.Module, averager: Averager) -> Diagnosis:
         - running statistics (BatchNorm's) of the online weights, with which the average would be evaluated.
 
     Raises:
-        ValueError: an averager that only records.
+        ValueError: an averager that keeps no average, such as `Trajectory`.
     """
     if not averager.views():
-        raise ValueError(f"{averager.name!r} only records the weights: it has no average to diagnose")
+        raise ValueError(f"{averager.name!r} keeps no average of the weights that could be diagnosed")
     own = dict(every_name(model))
     tracked = {name: torch.Size(shape) for name, (shape, _) in averager.numbers()["layout"].items()}
     foreign = [name for name, shape in tracked.items() if name not in own or own[name].shape != shape]

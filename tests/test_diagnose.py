@@ -218,5 +218,5 @@ def test_wrapped_models_and_recorders(tmp_path):
     wrapped = torch.compile(model, backend="eager")
     train(wrapped, averager)
     assert diagnose(wrapped, averager) == diagnose(model, averager)
-    with pytest.raises(ValueError, match="only records"):
+    with pytest.raises(ValueError, match="keeps no average"):
         diagnose(model, Trajectory(tmp_path, every=5))
