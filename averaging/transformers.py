@@ -289,10 +289,10 @@ class AnchorCallback(TrainerCallback):
                     f"{checkpoint} holds no state of {averager.name!r} ({error}), so training cannot resume exactly: "
                     "resume from a checkpoint that has it, or begin a new run with the checkpoint's model"
                 ) from error
-        self.reference = Reference(averager, trainer.model, trainer.ref_model)
-        self.reference.write()
         if state.is_world_process_zero:
             announce([averager], trainer.model)
+        self.reference = Reference(averager, trainer.model, trainer.ref_model)
+        self.reference.write()
 
     def _problem(self, trainer: Any) -> str | None:
         """Why the trainer's reference cannot follow the policy, if it cannot."""

@@ -344,3 +344,14 @@ def test_refused_in_a_loop():
         Reference(EMAAnchor(), peft.get_peft_model(nn.Sequential(nn.Linear(3, 2)), config))
     with pytest.raises(ValueError, match="mu=2"):
         EMAAnchor(2)
+
+
+def test_a_run_says_at_its_start_what_its_anchor_does(policy_path, tokenizer, tmp_path, caplog):
+    caplog.set_level("INFO", "averaging")
+    trainer("dpo", policy_path, tokenizer, tmp_path, [Callback(0.6, every=2)], max_steps=2).train()
+    (line,) = [record.getMessage() for record in caplog.records if record.name == "averaging"]
+    assert line.startswith("anchor: the reference, 0.6 of the way")
+    assert line.endswith("every 2 steps; first average at step 2")
+    run = trainer("dpo", policy_path, tokenizer, tmp_path, [Callback(0.6, every=9)], max_steps=1)
+    with pytest.warns(UserWarning, match="first move after 9 optimizer steps but the run ends after 1"):
+        run.train()

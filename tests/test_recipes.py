@@ -20,6 +20,7 @@ ARGUMENTS = {
     "batchnorm": "--steps 4",
     "bema": "--steps 20",
     "does_it_help": "--steps 2 --seeds 1",
+    "elastic_reset": "--steps 6 --pretraining 2",
     "ema_lightning": "--steps 8",
     "hare_tortoise": "--steps 20",
     "lawa_transformers": "--steps 2",
@@ -31,6 +32,8 @@ ARGUMENTS = {
     "swad": "--steps 10",
     "switch_ema": "--steps 40",  # more than an epoch
     "trajectory_sweep": "--steps 80",
+    "trl_dpo_trdpo": "--steps 8 --pretraining 2",
+    "trl_grpo_anchor": "--steps 4 --pretraining 2",
     "wsm": "--steps 20",
 }
 """For each recipe, what makes it as small as goes through all of it."""
