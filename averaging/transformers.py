@@ -269,6 +269,9 @@ class AnchorCallback(TrainerCallback):
             raise TypeError(f"{averager!r} is not an averager: give an instance such as averaging.BEMA(every=400)")
         self.averager = averager
 
+    def __radd__(self, callbacks: list[TrainerCallback]) -> list[TrainerCallback]:
+        return [*callbacks, self]  # as in `AveragingCallback`
+
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "reference"}
 

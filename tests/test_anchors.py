@@ -213,20 +213,31 @@ def test_bema_for_the_reference(policy_path, tokenizer, tmp_path):
 
 
 def test_a_pretrained_adapter_beside_an_average(policy_path, tokenizer, tmp_path):
-    """TRL makes the reference adapter itself; and the average of the policy opens as an adapter."""
-    torch.manual_seed(1)
-    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
-    policy = peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(policy_path), config)
-    start = double({n: w.clone() for n, w in named_weights(policy).items()})
-    seen, average = Recorder(), averaging.EMA(0.5)
-    run = trainer("dpo", policy, tokenizer, tmp_path, [AveragingCallback(average), Callback(0.3), seen], max_steps=2)
-    seen.trainer = run
-    run.train()
+    """TRL makes the reference adapter itself; the average of the policy opens as an adapter; and both resume."""
+
+    def run(checkpoint=None):
+        torch.manual_seed(1)
+        config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+        policy = peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(policy_path), config)
+        start = double({n: w.clone() for n, w in named_weights(policy).items()})
+        seen, average = Recorder(), averaging.EMA(0.5)
+        callbacks = [AveragingCallback(average), Callback(0.3), seen]
+        seen.trainer = trainer("dpo", policy, tokenizer, tmp_path, callbacks, max_steps=3)
+        seen.trainer.train(resume_from_checkpoint=checkpoint)
+        assert set(policy.peft_config) == {"default", "ref"}
+        return start, seen, average
+
+    start, seen, average = run()
     close(seen.reference[1], {n: 0.7 * start[n] + 0.3 * w.double() for n, w in seen.policy[1].items()})
-    assert same(named_weights(run.model), average.average(rounded=True))
+    assert same(named_weights(seen.trainer.model), average.average(rounded=True))
     base = transformers.AutoModelForCausalLM.from_pretrained(policy_path)
-    opened = peft.PeftModel.from_pretrained(base, tmp_path / "checkpoint-2" / "ema", is_trainable=True)
-    assert same(named_weights(opened), named_weights(run.model))
+    opened = peft.PeftModel.from_pretrained(base, tmp_path / "checkpoint-3" / "ema", is_trainable=True)
+    assert same(named_weights(opened), named_weights(seen.trainer.model))
+    _, again, other = run(str(tmp_path / "checkpoint-1"))
+    for step in (2, 3):
+        assert same(again.policy[step], seen.policy[step])
+        assert same(again.reference[step], seen.reference[step])
+    assert same(other.average(), average.average())
 
 
 # ---------------------------------------------------------------------- in a loop
@@ -317,9 +328,11 @@ def test_refused_anywhere(policy_path, tokenizer, tmp_path):
         run.train()
     with pytest.raises(TypeError, match="not an averager"):
         AnchorCallback(0.9)
+    with pytest.raises(AttributeError, match=r"averaging\.transformers import EMAAnchor"):
+        attempt([EMAAnchor()])
     config = trl.SFTConfig(output_dir=str(tmp_path), report_to="none", use_cpu=True, bf16=False)
     texts = datasets.Dataset.from_list([{"text": sentence(i)} for i in range(8)])
-    run = trl.SFTTrainer(policy_path, config, train_dataset=texts, processing_class=tokenizer, callbacks=[Callback()])
+    run = trl.SFTTrainer(policy_path, config, train_dataset=texts, processing_class=tokenizer, callbacks=Callback())
     with pytest.raises(ValueError, match="SFTTrainer has no reference"):
         run.train()
 

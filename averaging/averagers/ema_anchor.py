@@ -90,3 +90,9 @@ class EMAAnchor(Averager):
 
     def restore(self, tensors: Mapping[str, Weights], numbers: Mapping[str, Any]) -> None:
         self._ema = kernels.accumulators(tensors.get("ema", {}))
+
+    def _not_a_callback(self) -> str:
+        return (
+            "averaging.EMAAnchor is a plain averager, not a trainer's callback: use "
+            "`from averaging.transformers import EMAAnchor` for TRL's trainers, or averaging.Reference in your own loop"
+        )
