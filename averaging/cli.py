@@ -32,6 +32,8 @@ Average the weights of saved checkpoints.
                                          between a model and what it was fine-tuned to
   soup a/ b/ --method slerp --init base/ -o out/
                                          task vectors, merged on the sphere
+  soup a/ b/ c/ --method greedy --evaluate my_module:validation_loss -o out/
+                                         those that do not make it worse
   soup runs/ --sweep window=1,2,5,10 --evaluate my_module:validation_loss
                                          the best of many averages
 """
@@ -51,7 +53,11 @@ METHODS: dict[str, tuple[str, ...]] = {
     "slerp": ("init", "weights", "eta"),
     "model-stock": ("init",),
     "ema": ("decay",),
+    "greedy": (),
+    "ranked": ("top",),
 }
+SEARCHES = ("greedy", "ranked")
+EVALUATING = ("evaluate", "evaluate_command", "metric", "best")
 OWN = sorted({name for names in METHODS.values() for name in names})
 CHOICES = ("like", "dtype", "allow_nonfinite", "only", "skip")
 
@@ -83,6 +89,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--eta", type=float, help="slerp: how far from BASE to the merged model to go, between 0 and 1 (default 1)"
     )
+    result.add_argument("--top", type=int, metavar="N", help="ranked: how many of the best (greedy: all that help)")
     result.add_argument("--decay", type=float, help="ema: the decay per optimizer step")
     result.add_argument(
         "--weights",
@@ -99,7 +106,9 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument("--dtype", metavar="DTYPE", help="bfloat16, float16, float32 or float64 (default: unchanged)")
     result.add_argument("--allow-nonfinite", action="store_true", help="go on when a checkpoint holds NaN or infinity")
-    search = p.add_argument_group("finding the best average of one run's checkpoints")
+    search = p.add_argument_group(
+        "finding the best average, by --sweep of one run's checkpoints, --method greedy or ranked"
+    )
     search.add_argument(
         "--sweep",
         type=_axis,
@@ -115,7 +124,16 @@ def parser() -> argparse.ArgumentParser:
         help="the function that returns the metric of an average; it takes a mapping from names to tensors whose .path "
         "opens with from_pretrained where the checkpoints do",
     )
-    search.add_argument("--metric", choices=("min", "max"), help="whether the lowest (default) or the highest is best")
+    search.add_argument(
+        "--evaluate-command",
+        metavar="COMMAND",
+        help="a command that prints the metric, or a JSON object of several; {checkpoint} in it is the average's path",
+    )
+    search.add_argument("--metric", metavar="NAME", help="which one, where the evaluation gives several")
+    search.add_argument(
+        "--minimize", dest="best", action="store_const", const="min", help="the lowest metric is best (default)"
+    )
+    search.add_argument("--maximize", dest="best", action="store_const", const="max", help="the highest is")
     run = p.add_argument_group("the run")
     run.add_argument("--dry-run", action="store_true", help="print what would be read and written, and stop")
     run.add_argument("--force", action="store_true", help="replace an existing output")
@@ -147,7 +165,10 @@ def _run(options: argparse.Namespace) -> None:
     if options.sweep:
         _sweep(options)
         return
-    _refuse(options, "a soup without --sweep", "evaluate", "metric")
+    if options.method in SEARCHES:
+        _search(options)
+        return
+    _refuse(options, "a soup without --sweep, --method greedy or ranked", *EVALUATING)
     soup = _soup(options)
     if options.dry_run:
         print(_describe(soup))
@@ -167,8 +188,7 @@ def _sweep(options: argparse.Namespace) -> None:
 
     began = time.monotonic()
     _refuse(options, "--sweep", "post_hoc", "method", *OWN)
-    if options.evaluate is None:
-        raise ValueError("--sweep needs --evaluate MODULE:FUNCTION, which returns the metric of an average")
+    evaluating = _evaluating(options, "--sweep")
     axes = dict(options.sweep)
     if len(axes) < len(options.sweep):
         raise ValueError("--sweep names one axis twice; give all its values at once: --sweep window=1,2,5")
@@ -184,15 +204,13 @@ def _sweep(options: argparse.Namespace) -> None:
         print("\n".join(f"{label(each.setting)} at step {each.step}" for each in plans))
         print(f"{len(plans)} averages to evaluate; the best to {output}")
         return
-    evaluate = _function(options.evaluate)
     with _counter(hidden=options.quiet) as progress:
         result = sweep(
             paths,
-            evaluate,
-            output,
+            output=output,
+            **evaluating(output),
             **axes,
             at=options.at,
-            best=options.metric or "min",
             force=options.force,
             progress=progress,
             **choices,
@@ -201,6 +219,48 @@ def _sweep(options: argparse.Namespace) -> None:
         print(result.table())
         best, seconds = result.best, time.monotonic() - began
         print(f"{output}: {best.label} at step {best.step}, best of {len(result.cells)}, {seconds:.1f} s")
+
+
+def _search(options: argparse.Namespace) -> None:
+    from averaging.checkpoints import gather, select
+    from averaging.soups.greedy import greedy, ranked
+
+    began = time.monotonic()
+    method = f"--method {options.method}"
+    _refuse(options, method, "post_hoc", "at", *(name for name in OWN if name not in METHODS[options.method]))
+    evaluating = _evaluating(options, method)
+    models, output = select(gather(options.paths), options.last, options.every), _output(options)
+    if options.dry_run:
+        print("\n".join(f"{model.path} ({size(model.nbytes)})" for model in models))
+        print(f"{len(models)} checkpoints to evaluate, and soups of them; the best to {output}")
+        return
+    choices: Any = {name: getattr(options, name) for name in (*CHOICES, "force")}
+    with _counter(hidden=options.quiet) as progress:
+        settings = {"output": output, "progress": progress, **evaluating(output), **choices}
+        if options.method == "ranked":
+            if options.top is None:
+                raise ValueError("--method ranked needs --top")
+            result = ranked(models, top=options.top, **settings)
+        else:
+            result = greedy(models, **settings)
+    if not options.quiet:
+        print(result.table())
+        kept, seconds = sum(one.kept for one in result.tried), time.monotonic() - began
+        print(f"{output}: {options.method} soup of {kept} out of {len(models)}, {result.metric:.6g}, {seconds:.1f} s")
+
+
+def _evaluating(options: argparse.Namespace, what: str) -> Callable[[str | Path], dict[str, Any]]:
+    """What a search takes that writes to a certain output: how soups are evaluated, and where results are kept."""
+    from averaging.soups.evaluation import Command, Evaluate
+
+    if (options.evaluate is None) == (options.evaluate_command is None):
+        raise ValueError(
+            f"{what} needs --evaluate MODULE:FUNCTION, which returns the metric of an average, or --evaluate-command "
+            "COMMAND, which prints it; one of them"
+        )
+    evaluate: Evaluate = Command(options.evaluate_command) if options.evaluate is None else _function(options.evaluate)
+    choices = {"evaluate": evaluate, "metric": options.metric, "best": options.best or "min"}
+    return lambda output: {**choices, "cache": f"{Path(output)}.evaluations.json"}
 
 
 def _function(text: str) -> Callable[[Checkpoint], float]:

@@ -191,6 +191,7 @@ def checkpoints(tmp_path, monkeypatch):
     ema = averaging.PostHocEMA("runs/ema", snapshots=100)
     # What the block under "Choose the average afterwards" is, with a model and its validation.
     Path("evaluation.py").write_text("def loss(weights): return sum(float(w.sum()) for w in weights.values())")
+    Path("metric.py").write_text("print(len(__import__('sys').argv[1]))")
     monkeypatch.setattr(sys, "path", [*sys.path])
     for step in range(100, 2100, 100):
         trajectory.update(model, step)

@@ -206,7 +206,7 @@ def soup(*arguments) -> int:
 
 
 def test_the_command_prints_the_table_and_writes_the_best(here, tmp_path, capsys):
-    assert soup("run", "--sweep", "window=1,2,4", "--every", "2", "--evaluate", f"{here}:size", "--metric", "max") == 0
+    assert soup("run", "--sweep", "window=1,2,4", "--every", "2", "--evaluate", f"{here}:size", "--maximize") == 0
     out = capsys.readouterr().out.splitlines()
     assert out[0].split() == ["step", "window", "1", "window", "2", "window", "4"]
     assert [line.split()[0] for line in out[1:-1]] == ["20", "40", "60", "80"]

@@ -1,6 +1,7 @@
 """Soups: averages of saved checkpoints. Importing this imports no torch."""
 
 from averaging.soups.ema import ema
+from averaging.soups.greedy import Chosen, greedy, ranked
 from averaging.soups.model_stock import model_stock
 from averaging.soups.post_hoc import post_hoc
 from averaging.soups.slerp import slerp
@@ -9,4 +10,17 @@ from averaging.soups.task import task
 from averaging.soups.uniform import uniform
 from averaging.soups.wise_ft import wise_ft
 
-__all__ = ["Sweep", "ema", "model_stock", "post_hoc", "slerp", "sweep", "task", "uniform", "wise_ft"]
+__all__ = [
+    "Chosen",
+    "Sweep",
+    "ema",
+    "greedy",
+    "model_stock",
+    "post_hoc",
+    "ranked",
+    "slerp",
+    "sweep",
+    "task",
+    "uniform",
+    "wise_ft",
+]

@@ -13,19 +13,19 @@ import csv
 import itertools
 import math
 import os
-import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from averaging.atomic import replacing, staging_folder
+from averaging.atomic import replacing
 from averaging.checkpoints import Checkpoint, gather
 from averaging.decay import Decay, check_decay
 from averaging.soups.ema import check_ema, ema_weights
+from averaging.soups.evaluation import Best, Evaluate, Progress, check_best, evaluating
 from averaging.soups.post_hoc import rebuilding, snapshots
 from averaging.soups.uniform import Uniform
 
@@ -33,11 +33,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import Tensor
 
-Best = Literal["min", "max"]
 Setting = dict[str, Any]
 """Axis → value: ``{"window": 5, "spacing": 2}``."""
-Progress = Callable[[int, int, str], None]
-"""Takes the averages evaluated so far, how many there are in all, and what is next."""
 
 AXES: dict[str, type[int] | type[float] | type[str]] = {
     "window": int,
@@ -94,7 +91,7 @@ class Sweep:
 
 def sweep(
     paths: Iterable[str | os.PathLike[str] | Checkpoint] | str | os.PathLike[str],
-    evaluate: Callable[[Checkpoint], float],
+    evaluate: Evaluate,
     output: str | os.PathLike[str] | None = None,
     *,
     window: Sequence[int] = (),
@@ -104,6 +101,8 @@ def sweep(
     post_hoc: Sequence[float] = (),
     at: Sequence[int] | None = None,
     best: Best = "min",
+    metric: str | None = None,
+    cache: str | os.PathLike[str] | None = None,
     like: str | os.PathLike[str] | Checkpoint | None = None,
     dtype: str | None = None,
     allow_nonfinite: bool = False,
@@ -127,7 +126,8 @@ def sweep(
         paths: the checkpoints of one run, as in `averaging.soups.uniform`. With ``post_hoc``, the folder of
             `averaging.PostHocEMA`.
         evaluate: takes a `Checkpoint`, a mapping from names to tensors that are read when asked for, whose ``path``
-            opens with ``from_pretrained`` where those of the checkpoints (or ``like``) do; returns the metric.
+            opens with ``from_pretrained`` where those of the checkpoints (or ``like``) do; returns the metric, or
+            several by name.
         output: where the best average is written, as in `averaging.soups.uniform`. Beside it come the metrics as
             ``NAME.sweep.csv`` and their heat map as ``NAME.sweep.png`` (needs matplotlib). ``None``: nothing.
         window: how many checkpoints are averaged; all there are if not given. An end with fewer is left out.
@@ -138,6 +138,7 @@ def sweep(
         post_hoc: relative widths of post-hoc EMAs; goes with no other setting.
         at: the steps at which the averages end; all by default.
         best: whether the lowest or the highest metric is best.
+        metric, cache: as in `averaging.soups.greedy`.
         like, dtype, allow_nonfinite, force, only, skip: as in `averaging.soups.uniform`.
         progress: called before each evaluation.
 
@@ -147,8 +148,7 @@ def sweep(
             written then.
         FileExistsError: an output exists and ``force`` is off.
     """
-    if best not in ("min", "max"):
-        raise ValueError(f"best={best!r}: give 'min' or 'max'")
+    check_best(best)
     axes = {"window": window, "spacing": spacing, "decay": decay, "weights": weights, "post_hoc": post_hoc}
     options = {"like": like, "dtype": dtype, "allow_nonfinite": allow_nonfinite, "only": only, "skip": skip}
     plans = plan(paths, {axis: values for axis, values in axes.items() if values}, at, **options)
@@ -159,13 +159,12 @@ def sweep(
             if path.exists() and not force:
                 raise FileExistsError(f"{path} exists already; pass --force (force=True) to replace it")
     cells = []
-    with _temporary(output) as temporary:
+    with evaluating(evaluate, output, metric, cache) as measure:
         for number, each in enumerate(plans):
+            what = f"{label(each.setting)} at step {each.step}"
             if progress is not None:
-                progress(number, len(plans), f"{label(each.setting)} at step {each.step}")
-            soup = each.soup(output=temporary, force=True).cook()
-            assert isinstance(soup, Checkpoint)
-            cells.append(Cell(each.setting, each.step, _metric(evaluate, soup, each)))
+                progress(number, len(plans), what)
+            cells.append(Cell(each.setting, each.step, measure(each.soup, what)))
     choose = min if best == "min" else max
     number = choose(range(len(cells)), key=lambda number: cells[number].metric)
     won = cells[number]
@@ -173,7 +172,7 @@ def sweep(
     with ExitStack() as stack:  # all of the outputs, or none
         if beside:
             _write_csv(cells, stack.enter_context(replacing(beside[0])))
-            if figure := _heat_map(cells, won, best, getattr(evaluate, "__name__", "metric")):
+            if figure := _heat_map(cells, won, best, metric or str(getattr(evaluate, "__name__", "metric"))):
                 figure.savefig(stack.enter_context(replacing(beside[1])), format="png", dpi=120)
         return Sweep(cells, won, plans[number].soup(output=output, force=force, facts=facts).cook())
 
@@ -263,33 +262,6 @@ def _ends(steps: Sequence[int], at: Sequence[int] | None) -> Sequence[int]:
         if step not in steps:
             raise ValueError(f"there is no checkpoint of step {step}; the steps are {', '.join(map(str, steps))}")
     return steps if at is None else sorted(set(at))
-
-
-def _metric(evaluate: Callable[[Checkpoint], float], soup: Checkpoint, plan: Plan) -> float:
-    where = f"for {label(plan.setting)} at step {plan.step}"
-    try:
-        value = evaluate(soup)
-    except Exception as error:
-        raise ValueError(f"the evaluation raised {type(error).__name__} {where}: {error}") from error
-    try:
-        metric = float(value)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"the evaluation must return a number, not {value!r} {where}") from error
-    if not math.isfinite(metric):
-        raise ValueError(f"the evaluation returned {metric} {where}; leave these checkpoints out, or return a number")
-    return metric
-
-
-@contextmanager
-def _temporary(output: str | os.PathLike[str] | None) -> Iterator[Path]:
-    """Where averages are written to be evaluated: beside the output, where there is room, and of its kind."""
-    if output is None:
-        with tempfile.TemporaryDirectory() as folder:
-            yield Path(folder) / "soup"
-        return
-    target = Path(os.path.realpath(output))
-    with staging_folder(next(parent for parent in target.parents if parent.exists())) as folder:
-        yield folder / f"soup{target.suffix if target.suffix == '.safetensors' else ''}"
 
 
 def _write_csv(cells: Sequence[Cell], path: Path) -> None:
