@@ -34,6 +34,7 @@ Average the weights of saved checkpoints.
                                          task vectors, merged on the sphere
   soup a/ b/ c/ --method greedy --evaluate my_module:validation_loss -o out/
                                          those that do not make it worse
+  soup inspect a/ b/ --init base/        norms, cosines between task vectors, distances to the mean
   soup runs/ --sweep window=1,2,5,10 --evaluate my_module:validation_loss
                                          the best of many averages
 """
@@ -143,12 +144,31 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+def inspect_parser() -> argparse.ArgumentParser:
+    """The grammar of ``soup inspect``."""
+    p = argparse.ArgumentParser(
+        prog="soup inspect",
+        description="Print norms, cosines between task vectors and distances to the mean, for all and by layer.",
+    )
+    p.add_argument("paths", nargs="+", metavar="PATH", help="checkpoints, or a folder of checkpoints")
+    p.add_argument("--init", metavar="BASE", help="the model that they were fine-tuned from")
+    p.add_argument("--only", metavar="REGEX", help="only tensors in whose names this is found")
+    p.add_argument("--skip", metavar="REGEX", help="not these")
+    p.add_argument("--debug", action="store_true", help="print the traceback of an error")
+    return p
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    options = parser().parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    inspecting = words[:1] == ["inspect"]
+    options = inspect_parser().parse_args(words[1:]) if inspecting else parser().parse_args(words)
     try:
         with _warnings_as_lines():
-            _run(options)
+            if inspecting:
+                _inspect(options)
+            else:
+                _run(options)
     except KeyboardInterrupt:
         _say("interrupted; nothing was written")
         return 130
@@ -158,6 +178,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _say(f"error: {_explain(error)}")
         return 2
     return 0
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    from averaging.soups.inspection import inspect
+
+    print(inspect(options.paths, options.init, only=options.only, skip=options.skip))
 
 
 def _run(options: argparse.Namespace) -> None:

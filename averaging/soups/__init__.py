@@ -2,6 +2,7 @@
 
 from averaging.soups.ema import ema
 from averaging.soups.greedy import Chosen, greedy, ranked
+from averaging.soups.inspection import Inspection, inspect
 from averaging.soups.model_stock import model_stock
 from averaging.soups.post_hoc import post_hoc
 from averaging.soups.slerp import slerp
@@ -12,9 +13,11 @@ from averaging.soups.wise_ft import wise_ft
 
 __all__ = [
     "Chosen",
+    "Inspection",
     "Sweep",
     "ema",
     "greedy",
+    "inspect",
     "model_stock",
     "post_hoc",
     "ranked",

@@ -81,7 +81,7 @@ class Soup:
         only: str | None = None,
         skip: str | None = None,
     ) -> None:
-        self.init = None if init is None else _opened(init, models)
+        self.init = None if init is None else initial(init, models)
         self.method, self.facts, self.twins = method, dict(facts or {}), twins
         self.formula, self.allow_nonfinite = formula, allow_nonfinite
         if formula is not None and allow_nonfinite:
@@ -97,7 +97,7 @@ class Soup:
         self.divisor = divisor
         if only is not None or skip is not None:
             like = self.ingredients[-1] if like is None else like
-            self.ingredients = [_narrowed(ingredient, only, skip) for ingredient in self.ingredients]
+            self.ingredients = [narrowed(ingredient, only, skip) for ingredient in self.ingredients]
             self.facts |= {"only": only, "skip": skip}
         check_alike(self.ingredients)
         self.model = self.ingredients[-1]
@@ -250,7 +250,12 @@ def check_fraction(what: str, value: float) -> float:
     return float(value)
 
 
-def _opened(init: PathLike, models: Sequence[Checkpoint]) -> Checkpoint:
+def initial(init: PathLike, models: Sequence[Checkpoint]) -> Checkpoint:
+    """The model that ``models`` were fine-tuned from, which is none of them.
+
+    Raises:
+        ValueError: it is one of them.
+    """
     opened = init if isinstance(init, Checkpoint) else Checkpoint(init)
     real = os.path.realpath(opened.path)
     for model in models:
@@ -261,7 +266,7 @@ def _opened(init: PathLike, models: Sequence[Checkpoint]) -> Checkpoint:
     return opened
 
 
-def _narrowed(ingredient: Checkpoint, only: str | None, skip: str | None) -> Checkpoint:
+def narrowed(ingredient: Checkpoint, only: str | None, skip: str | None) -> Checkpoint:
     """``ingredient`` with the tensors whose names match ``only`` and do not match ``skip``."""
     patterns: dict[str, re.Pattern[str]] = {}
     for what, text in (("only", only), ("skip", skip)):
