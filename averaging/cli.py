@@ -205,7 +205,8 @@ def _run(options: argparse.Namespace) -> None:
     if not options.quiet:
         seconds = time.monotonic() - began
         what = "average" if soup.method == "uniform" else soup.method
-        print(f"{soup.output.path}: {what} of {len(soup.ingredients)}, {size(soup.output.nbytes)}, {seconds:.1f} s")
+        count = len(soup.ingredients) - (soup.init is not None)
+        print(f"{soup.output.path}: {what} of {count}, {size(soup.output.nbytes)}, {seconds:.1f} s")
 
 
 def _sweep(options: argparse.Namespace) -> None:
