@@ -255,8 +255,9 @@ def test_ctrl_c(tmp_path, monkeypatch, capsys):
 
 
 LOOP = """
-import sys, torch
+import signal, sys, torch
 from averaging import cli
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell starts in the background
 print("ready", flush=True)
 while True:
     for names in ("01", "12"):
