@@ -6,6 +6,8 @@ Each repeat trains the same model afresh without an average, with an EMA that ab
 snapshots, one every 10 steps, in CPU memory), and once more without an average, which shows how far the ratios can be
 trusted. Counted is the time from the end of the fifth step to the end of the last. A ratio is that of a run to the
 mean of the two runs without an average in the same repeat; printed are the median and the quartiles over repeats.
+On a machine that is shared these say little about a per cent; so beside them stands the share of that time which was
+spent in the callback's offer of the weights, where all absorptions happen.
 
     text     a byte-level Llama of 4.9 million parameters, batches of 16 × 128 bytes
     image    a residual convolutional network of 1.2 million parameters on 8 × 8 digits, batches of 128
@@ -40,6 +42,20 @@ import averaging.transformers
 from common import digits, text
 
 SKIPPED = 5
+
+
+def watch(callback: Any) -> list[tuple[float, float]]:
+    """When each of the ``callback``'s offers of weights began and ended, from now on."""
+    offers: list[tuple[float, float]] = []
+    offer = callback.offer
+
+    def timed(*args: Any) -> None:
+        began = time.perf_counter()
+        offer(*args)
+        offers.append((began, time.perf_counter()))
+
+    callback.offer = timed
+    return offers
 
 
 class Image(nn.Module):
@@ -176,7 +192,9 @@ def main() -> None:
     }
     models: dict[str, Callable[[], Any]] = {"text": language, "image": image}
     bar = tqdm(total=len(trainers) * len(models) * options.repeats * 4 * options.steps, unit="step", desc="overhead")
-    lines = []
+    print(f"torch {torch.__version__}, {options.repeats} repeats of {options.steps} steps\n")
+    print("| model | trainer | ms per step | average | × without | quartiles | in the callback |")
+    print("|---|---|---:|---|---:|---:|---:|")
     for model, build in models.items():
         for trainer, (train, adapter) in trainers.items():
             contenders: dict[str, Callable[[], Any]] = {
@@ -186,13 +204,19 @@ def main() -> None:
                 "after": lambda: None,
             }
             ratios: dict[str, list[float]] = {"EMA": [], "LAWA": [], "none, again": []}
+            shares: dict[str, list[float]] = {name: [] for name in ratios}
             milliseconds = []
             for _ in range(options.repeats):
                 taken = {}
-                for name, callback in contenders.items():
+                for name, make in contenders.items():
+                    offers = watch(callback) if (callback := make()) else []
                     with tempfile.TemporaryDirectory() as folder:
-                        times = train(build, callback(), options.steps, folder)
-                    taken[name] = times[-1] - times[SKIPPED - 1]
+                        times = train(build, callback, options.steps, folder)
+                    begin, end = times[SKIPPED - 1], times[-1]
+                    taken[name] = end - begin
+                    if offers:
+                        inside = sum(stop - start for start, stop in offers if begin <= start <= end)
+                        shares[name].append(inside / (end - begin))
                     bar.update(options.steps)
                 without = (taken["before"] + taken["after"]) / 2
                 milliseconds.append(without / (options.steps - SKIPPED) * 1e3)
@@ -202,11 +226,10 @@ def main() -> None:
             for name, values in ratios.items():
                 low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
                 step = statistics.median(milliseconds)
-                lines.append(f"| {model} | {trainer} | {step:.0f} | {name} | {middle:.3f} | {low:.3f} – {high:.3f} |")
+                share = f"{statistics.median(shares[name]):.2%}" if shares[name] else ""
+                row = f"| {model} | {trainer} | {step:.0f} | {name} | {middle:.3f} | {low:.3f} – {high:.3f} | {share} |"
+                print(row, flush=True)
     bar.close()
-    print(f"\ntorch {torch.__version__}, {options.repeats} repeats of {options.steps} steps\n")
-    print("| model | trainer | ms per step | average | × without | quartiles |\n|---|---|---:|---|---:|---:|")
-    print("\n".join(lines))
 
 
 if __name__ == "__main__":
