@@ -1,5 +1,6 @@
 """What averaging adds to the time of training: two models under both trainers, as ratios of runs in turn.
 
+    pip install -e '.[dev]'
     python scripts/bench/overhead.py [--steps 40] [--repeats 9]
 
 Each repeat trains the same model afresh without an average, with an EMA that absorbs after every step, with LAWA (5
