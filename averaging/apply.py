@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from averaging.kernels import round_into
+from averaging.kernels import rounded
 from averaging.weights import Weights, every_name
 
 if TYPE_CHECKING:
@@ -91,10 +91,8 @@ def _pair(model: nn.Module, weights: Average | Weights) -> Mapping[str, tuple[Te
 @torch.no_grad()
 def _write(pairs: Collection[tuple[Tensor, Tensor]]) -> None:
     for target, source in pairs:
-        if source.dtype == torch.float64 and target.dtype != source.dtype:
-            wide, source = source, torch.empty_like(source, dtype=target.dtype)
-            round_into(source, wide)
-        target.copy_(source)
+        # Other conversions round once by themselves.
+        target.copy_(rounded(source, target.dtype) if source.dtype == torch.float64 else source)
 
 
 def _write_uninterrupted(pairs: Collection[tuple[Tensor, Tensor]]) -> None:
