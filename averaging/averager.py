@@ -71,6 +71,9 @@ class Averager(ABC):
     immutable: ClassVar[bool] = False
     """Whether a group of `tensors`, once there, never changes, so that saved states may share its file."""
 
+    write_backs: Length | None = None
+    """How often training is to go on from the weights that `write_back` gives, from ``start`` on; None for never."""
+
     moments: Moments = "kept"
     """What becomes of the optimizer's state when training goes on from the weights that `update` returned."""
 
@@ -108,21 +111,19 @@ class Averager(ABC):
         """How many times weights have been absorbed."""
         self.absorbed_step = 0
         """Optimizer steps done at the last absorption."""
+        self._owes_write_back = False
         self._layout: dict[str, tuple[tuple[int, ...], torch.dtype]] | None = None
         self._written: dict[str, WrittenFile] = {}
 
     # ------------------------------------------------------------------ what a subclass provides
 
     @abstractmethod
-    def absorb(self, weights: Weights, step: int) -> Weights | None:
+    def absorb(self, weights: Weights, step: int) -> None:
         """Take ``weights`` into the average; ``self.absorbed`` and ``self.absorbed_step`` tell of the last time.
 
         Args:
             weights: the model's own tensors, which the next optimizer step overwrites: copy what is kept.
             step: optimizer steps done.
-
-        Returns:
-            Weights that training is to go on from, or None (nearly always) to leave the model alone.
         """
 
     @abstractmethod
@@ -156,6 +157,10 @@ class Averager(ABC):
         """Whether to absorb the weights offered ``now``; that and the ``last`` offer as (optimizer step, epoch)."""
         assert self._schedule is not None
         return self._schedule.due(self.run, last, now)
+
+    def write_back(self) -> Weights:
+        """The weights that training goes on from at each multiple of ``write_backs``: the average."""
+        return self.average(rounded=True)
 
     def views(self) -> Mapping[str, Average]:
         """The averages this averager keeps: name → average. Nearly always one, itself; none if it only records.
@@ -261,7 +266,8 @@ class Averager(ABC):
             epoch: epochs done so far, such as 1.5; needed when ``every`` or ``start`` is in epochs.
 
         Returns:
-            Weights that training is to go on from (`load_into` them), or None (nearly always).
+            Weights that training is to go on from (`load_into` them), or None (nearly always). Only after an optimizer
+            step: an offer while gradients are accumulated, of the step of the last one, returns None.
 
         Raises:
             ValueError: a step before the last one, a setting that cannot be resolved, or weights whose names,
@@ -275,16 +281,23 @@ class Averager(ABC):
             )
         if self._schedule is None:
             self._schedule = self._resolve()
-        restart = None
-        last = (self.step, self.epoch)
-        fresh = not self.absorbed or step != self.absorbed_step
-        if fresh and self.due(last, (step, epoch)):
-            restart = self.absorb(self.bind(model), step)
+        last, now = (self.step, self.epoch), (step, epoch)
+        began = self.absorbed > 0
+        fresh = not began or step != self.absorbed_step
+        if fresh and self.due(last, now):
+            self.absorb(self.bind(model), step)
             self.absorbed += 1
             self.absorbed_step = step
         self.step = step
         self.epoch = self.epoch if epoch is None else epoch
-        return restart
+        if self.write_backs and Schedule(self.write_backs, self.start).due(self.run, last, now) and began:
+            self._owes_write_back = True
+        # Where an epoch ends while gradients are accumulated, they belong to the weights the model has: not before the
+        # optimizer has made its step.
+        if not self._owes_write_back or step == last[0]:
+            return None
+        self._owes_write_back = False
+        return self.write_back()
 
     def bind(self, model: nn.Module | Weights) -> Weights:
         """The weights of ``model`` that are averaged, checked against those absorbed so far.
@@ -346,6 +359,7 @@ class Averager(ABC):
             "epoch": self.epoch,
             "absorbed": self.absorbed,
             "absorbed_step": self.absorbed_step,
+            "owes_write_back": self._owes_write_back,
             "layout": {
                 name: [list(shape), str(dtype).removeprefix("torch.")]
                 for name, (shape, dtype) in (self._layout or {}).items()
@@ -384,6 +398,7 @@ class Averager(ABC):
                         raise ValueError(f"the state's {group!r} has no {name!r} of shape {shape}: it is damaged")
             step, epoch = int(state["step"]), float(state["epoch"])
             absorbed, absorbed_step = int(state["absorbed"]), int(state["absorbed_step"])
+            owes_write_back = bool(state.get("owes_write_back"))  # older states have none
             tensors = state["tensors"]
             if bool(tensors) > bool(absorbed) or (absorbed and self.views() and not tensors):
                 raise ValueError("the state's counts and tensors contradict each other: it is damaged")
@@ -391,6 +406,7 @@ class Averager(ABC):
             raise ValueError(f"this is not the state of an averager, or it is damaged ({error!r})") from error
         self.restore(tensors, state)
         self.step, self.epoch, self.absorbed, self.absorbed_step = step, epoch, absorbed, absorbed_step
+        self._owes_write_back = owes_write_back
         self._layout = layout or None
         self._binding = None
         self._written = {}

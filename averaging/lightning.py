@@ -195,8 +195,7 @@ class AveragingCallback(CallbackCore, Callback):
     ) -> None:
         batches = trainer.num_training_batches
         done = (batch_idx + 1) / batches if isinstance(batches, int) else float(trainer.is_last_batch)
-        if trainer.global_step != self.averager.step:  # not while gradients are accumulated
-            self.offer(pl_module, trainer.optimizers, trainer.global_step, trainer.current_epoch + done)
+        self.offer(pl_module, trainer.optimizers, trainer.global_step, trainer.current_epoch + done)
         # Once more before the next batch: schedulers have their turn before this, or after it.
         self.set_learning_rate(trainer.optimizers, trainer.global_step)
 

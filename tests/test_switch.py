@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from write_backs import IGNORED_OF_LIGHTNING, linear, offers_while_accumulating, same, with_lightning, with_transformers
 
 from averaging import EMA, LAWA, load_into
 
@@ -28,11 +27,6 @@ def train_in_a_loop(averager, steps, model, optimizer, epoch_of=None):
             load_into(model, restart)
         seen.append((before, model.weight.detach().clone()))
     return seen
-
-
-def linear(dtype=torch.float32):
-    torch.manual_seed(0)
-    return nn.Linear(4, 1, bias=False).to(dtype)
 
 
 @pytest.mark.parametrize(
@@ -74,7 +68,7 @@ def test_the_model_holds_the_average_and_the_moments_stay(dtype):
     twin, other = copy.deepcopy(model), copy.deepcopy(averager)
     fork = torch.optim.AdamW(twin.parameters(), 0.05)
     fork.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    other.switch = None
+    other.write_backs = None
     train_in_a_loop(averager, [7], model, optimizer)
     train_in_a_loop(other, [7], twin, fork)
     assert torch.equal(model.weight, averager.average()["weight"].to(dtype))
@@ -90,126 +84,67 @@ def test_nothing_is_written_back_twice_nor_before_the_start():
     assert returned == [False] * 6 + [True, False, False, True, False]
 
 
+def test_never_between_optimizer_steps():
+    assert offers_while_accumulating(EMA(0.8, switch="1 epoch")) == [2, 3, 4]
+
+
+def test_what_is_due_after_the_next_optimizer_step_survives_a_checkpoint(tmp_path):
+    averager, model = EMA(0.8, switch="epoch"), linear()
+    for step, epoch in ((1, 0.9), (1, 1.0)):  # the epoch ends while gradients are accumulated
+        assert averager.update(model, step, epoch=epoch) is None
+    averager.save(tmp_path / "state")
+    resumed = EMA(0.8, switch="epoch").load(tmp_path / "state")
+    assert [resumed.update(model, step, epoch=1.1) is not None for step in (1, 2, 3)] == [False, True, False]
+
+
 # ---------------------------------------------------------------------- in the trainers
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.parametrize(("switch", "precision"), [(3, "mixed"), ("epoch", "bfloat16")])
 def test_transformers(switch, precision, tmp_path):
-    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("transformers")
     from averaging.transformers import AveragingCallback
 
-    class Recorder(transformers.TrainerCallback):
-        def __init__(self):
-            self.weights = {}
-
-        def on_step_end(self, args, state, control, model=None, **kwargs):
-            self.weights[state.global_step] = {n: p.detach().clone() for n, p in model.named_parameters()}
-
-    def run(folder, resume=None):
-        torch.manual_seed(0)
-        config = transformers.LlamaConfig(
-            vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
-            num_key_value_heads=1,
-        )  # fmt: skip
-        model = transformers.LlamaForCausalLM(config)
-        if precision == "bfloat16":
-            model.to(torch.bfloat16)
-        tokens = torch.randint(0, 16, (32, 6), generator=torch.Generator().manual_seed(1))
+    def run(resume=None):
         ema, lawa = EMA(0.8, switch=switch), LAWA(k=2, every=2)
-        before, after = Recorder(), Recorder()
-        trainer = transformers.Trainer(
-            model=model,
-            args=transformers.TrainingArguments(
-                output_dir=str(folder), max_steps=12, per_device_train_batch_size=4, save_steps=3,
-                gradient_accumulation_steps=2, learning_rate=1e-2, lr_scheduler_type="constant", report_to="none",
-                use_cpu=True, bf16=precision == "mixed", disable_tqdm=True, logging_steps=100, seed=1,
-            ),
-            train_dataset=[{"input_ids": row, "labels": row} for row in tokens],
-            callbacks=[before, AveragingCallback(ema, lawa), after],
-        )  # fmt: skip
-        trainer.train(resume_from_checkpoint=resume)
-        return before.weights, after.weights, ema, lawa
+        return with_transformers(tmp_path, [AveragingCallback(ema, lawa)], resume, precision=precision), ema, lawa
 
-    before, after, ema, lawa = run(tmp_path / "a")
-    switched = {3: {3, 6, 9, 12}, "epoch": {4, 8, 12}, "0.35 epochs": {2, 3, 5, 6, 7, 9, 10, 12}}[switch]
-    assert {t for t in after if not same(before[t], after[t])} == switched
+    seen, ema, lawa = run()
+    switched = {3: {3, 6, 9, 12}, "epoch": {4, 8, 12}}[switch]
+    assert seen.written == switched
     expected: dict[str, Any] = {}
-    for t, weights in before.items():
+    for t, weights in seen.before.items():
         expected = {n: 0.8 * expected.get(n, w.double()) + 0.2 * w.double() for n, w in weights.items()}
         if t in switched:
-            for name, tensor in after[t].items():
+            for name, tensor in seen.after[t].items():
                 assert tensor.dtype == (torch.bfloat16 if precision == "bfloat16" else torch.float32)
                 torch.testing.assert_close(tensor, expected[name].to(tensor.dtype), rtol=1e-2, atol=1e-6)
-    assert same(after[12], ema.average(rounded=True))
-    snapshots = [after[10], after[12]]  # the other average absorbs what was written back
+    assert same(seen.after[12], ema.average(rounded=True))
+    snapshots = [seen.after[10], seen.after[12]]  # the other average absorbs what was written back
     for name, tensor in lawa.average().items():
         assert torch.equal(tensor, torch.stack([s[name].double() for s in snapshots]).mean(0).float())
     for cut in (3, 6):
-        *_, again, ema_again, lawa_again = run(tmp_path / "a", resume=str(tmp_path / "a" / f"checkpoint-{cut}"))
-        assert all(same(again[t], after[t]) for t in range(cut + 1, 13))
+        again, ema_again, lawa_again = run(str(tmp_path / f"checkpoint-{cut}"))
+        assert all(same(again.after[t], seen.after[t]) for t in range(cut + 1, 13))
         assert same(ema_again.average(), ema.average())
         assert same(lawa_again.average(), lawa.average())
 
 
-@pytest.mark.filterwarnings(
-    "ignore:The '.*_dataloader' does not have many workers",
-    "ignore:.*treespec, LeafSpec.* is deprecated:FutureWarning",
-    "ignore:Checkpoint directory .* exists and is not empty",
-    "ignore:Be aware that when using `ckpt_path`, callbacks used to create",
-    "ignore:.*resuming from a checkpoint that ended before the epoch ended",
-)
+@pytest.mark.filterwarnings(*IGNORED_OF_LIGHTNING)
 @pytest.mark.parametrize(("switch", "precision"), [(3, "bf16-true"), ("epoch", "bf16-mixed"), ("0.35 epochs", "32")])
-def test_lightning(switch, precision, tmp_path: Path):
-    lightning = pytest.importorskip("lightning.pytorch")
+def test_lightning(switch, precision, tmp_path):
+    pytest.importorskip("lightning.pytorch")
     from averaging.lightning import EMA as Callback
 
-    class Regression(lightning.LightningModule):
-        def __init__(self):
-            super().__init__()
-            torch.manual_seed(0)
-            self.net = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1))
+    def run(resume=None):
+        callback = Callback(0.8, switch=switch)
+        return with_lightning(tmp_path, callback, resume, precision), callback.averager
 
-        def training_step(self, _, batch_idx):
-            x = torch.randn(8, 4, generator=torch.Generator().manual_seed(100 * self.current_epoch + batch_idx))
-            x = x.to(self.net[0].weight.dtype)
-            return (self.net(x) - x.sum(1, keepdim=True).sin()).square().mean()
-
-        def configure_optimizers(self):
-            return torch.optim.Adam(self.parameters(), lr=0.05)
-
-        def train_dataloader(self):
-            return torch.utils.data.DataLoader(range(8))
-
-    class Recorder(lightning.Callback):
-        def __init__(self):
-            self.weights = {}
-
-        def on_train_batch_end(self, trainer, module, *_):
-            weights = {n: p.detach().clone() for n, p in module.named_parameters()}
-            known = self.weights.setdefault(trainer.global_step, weights)
-            # Listed after the average, it sees no change while gradients are accumulated.
-            assert trainer.callbacks[0] is self or same(known, weights)
-
-    def run(folder, resume=None):
-        before, average, after, module = Recorder(), Callback(0.8, switch=switch), Recorder(), Regression()
-        lightning.Trainer(
-            accelerator="cpu", max_epochs=3, precision=precision, accumulate_grad_batches=2, default_root_dir=folder,
-            callbacks=[before, average, after, lightning.callbacks.ModelCheckpoint(
-                folder, filename="{step}", every_n_train_steps=1, save_top_k=-1)],
-            logger=False, enable_progress_bar=False, enable_model_summary=False,
-        ).fit(module, ckpt_path=resume)  # fmt: skip
-        return before.weights, after.weights, average.averager
-
-    before, after, ema = run(tmp_path)
-    switched = {3: {3, 6, 9, 12}, "epoch": {4, 8, 12}, "0.35 epochs": {2, 3, 5, 6, 7, 9, 10, 12}}[switch]
-    assert {t for t in after if not same(before[t], after[t])} == switched
-    assert same(after[12], ema.average(rounded=True))
+    seen, ema = run()
+    assert seen.written == {3: {3, 6, 9, 12}, "epoch": {4, 8, 12}, "0.35 epochs": {2, 3, 5, 6, 7, 9, 10, 12}}[switch]
+    assert same(seen.after[12], ema.average(rounded=True))
     for cut in (2, 3, 4, 7):
-        _, again, other = run(tmp_path, tmp_path / f"step={cut}.ckpt")
-        assert all(same(again[t], after[t]) for t in range(cut + 1, 13))
+        again, other = run(tmp_path / f"step={cut}.ckpt")
+        assert all(same(again.after[t], seen.after[t]) for t in range(cut + 1, 13))
         assert same(other.average(), ema.average())
-
-
-def same(one, other) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)

@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING, Any
 from averaging import kernels
 from averaging.averager import Averager, Moments
 from averaging.memory import memory as open_memory
-from averaging.schedule import Length, Schedule, Span
+from averaging.schedule import Length, Span
 
 if TYPE_CHECKING:
     import os
     from pathlib import Path
 
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from averaging.averager import Average
     from averaging.weights import Weights
@@ -71,8 +71,8 @@ class ElasticReset(Averager):
         frozen: bool = False,
         buffers: bool = False,
     ) -> None:
-        self.resets = Length.parse(every, "every")
-        if not self.resets.amount:
+        self.write_backs = Length.parse(every, "every")
+        if not self.write_backs.amount:
             raise ValueError(f"every={every!r}: must be positive")
         if not 0 <= decay <= 1:
             raise ValueError(f"decay={decay!r}: must be between 0 (the model itself) and 1 (the initial weights)")
@@ -82,32 +82,16 @@ class ElasticReset(Averager):
         self.moments = moments
         self._ema: dict[str, Tensor] = {}
         self._memory = open_memory(memory)
-        self._trained = (0, 0.0)
         super().__init__(start=start, name=name, frozen=frozen, buffers=buffers)
 
     def describe(self, weights: Weights) -> str:
+        assert self.write_backs is not None
         cost = f"{self._cost(weights)}, and {self._memory.cost(weights)}"
-        return f"back to the EMA of decay {self.decay:g} every {self.resets.text(self.run)}; {cost}"
+        return f"back to the EMA of decay {self.decay:g} every {self.write_backs.text(self.run)}; {cost}"
 
     def due(self, last: tuple[int, float], now: tuple[int, float | None]) -> bool:
         assert self._schedule is not None
         return self._schedule.started(self.run, now) if not self.absorbed else super().due(last, now)
-
-    def update(
-        self, model: nn.Module | Weights, step: int | None = None, *, epoch: float | None = None
-    ) -> Weights | None:
-        began = self.absorbed > 0
-        super().update(model, step, epoch=epoch)
-        # Lightning offers the weights after every batch: epochs may pass while gradients are accumulated.
-        last, now = self._trained, (self.step, epoch)
-        if self.step == last[0]:
-            return None
-        self._trained = (self.step, self.epoch)
-        if not Schedule(self.resets, self.start).due(self.run, last, now) or not began:
-            return None
-        weights = self.average(rounded=True)
-        self._ema = kernels.accumulators(self._memory[INITIAL])
-        return weights
 
     def absorb(self, weights: Weights, step: int) -> None:
         if not self.absorbed:
@@ -115,6 +99,11 @@ class ElasticReset(Averager):
             self._memory.store(INITIAL, weights)
         else:
             kernels.lerp_(self._ema, weights, 1 - self.decay ** (step - self.absorbed_step))
+
+    def write_back(self) -> Weights:
+        weights = self.average(rounded=True)
+        self._ema = kernels.accumulators(self._memory[INITIAL])
+        return weights
 
     def average(self, *, rounded: bool = False) -> Weights:
         return self._wide_or_rounded(self._ema, rounded)
@@ -131,11 +120,6 @@ class ElasticReset(Averager):
         else:
             super().write_group(group, file)
 
-    def numbers(self) -> dict[str, Any]:
-        return {**super().numbers(), "trained": list(self._trained)}
-
     def restore(self, tensors: Mapping[str, Weights], numbers: Mapping[str, Any]) -> None:
-        step, epoch = numbers.get("trained", (self.step, self.epoch))
-        self._trained = (int(step), float(epoch))
         self._ema = kernels.accumulators(tensors.get("ema", {}))
         self._memory.restore({key: weights for key, weights in tensors.items() if key == INITIAL})

@@ -26,10 +26,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from averaging import kernels
 from averaging.averager import Averager
-from averaging.schedule import Length, Run, Schedule, Span
+from averaging.schedule import Length, Run, Span
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from averaging.weights import Weights
 
@@ -107,8 +107,8 @@ class EMA(Averager):
         self.warmup = warmup
         self.power = power
         self.compensated = compensated
-        self.switch = None if switch is None else Length.parse(switch, "switch")
-        if self.switch and not self.switch.amount:
+        self.write_backs = None if switch is None else Length.parse(switch, "switch")
+        if self.write_backs and not self.write_backs.amount:
             raise ValueError(f"switch={switch!r}: must be positive")
         self._ema: dict[str, Tensor] = {}
         self.first_step = 0
@@ -176,15 +176,6 @@ class EMA(Averager):
             return float(1 - (1 + t) ** -self.power)
         return float(2 ** (-1 / (0.09 * t)))
 
-    def update(
-        self, model: nn.Module | Weights, step: int | None = None, *, epoch: float | None = None
-    ) -> Weights | None:
-        last = (self.step, self.epoch)
-        super().update(model, step, epoch=epoch)
-        if self.switch and self.absorbed and Schedule(self.switch, self.start).due(self.run, last, (self.step, epoch)):
-            return self.average(rounded=True)
-        return None
-
     def absorb(self, weights: Weights, step: int) -> None:
         if not self.absorbed:
             self.first_step = step
@@ -204,7 +195,7 @@ class EMA(Averager):
             f"{self.name}: with a decay of {beta:.8g} per step, absorbing every {elapsed}, an average kept in float32 "
             f"stays up to {2**-24 / (1 - beta**elapsed):.1g} of a weight away from where it belongs: give "
             f"compensated=True (float64, 8 bytes per weight instead of 4) or every={every} or more",
-            stacklevel=5,
+            stacklevel=6,
         )
 
     def average(self, *, rounded: bool = False) -> Weights:
