@@ -58,7 +58,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "ranked": ("top",),
 }
 SEARCHES = ("greedy", "ranked")
-EVALUATING = ("evaluate", "evaluate_command", "metric", "best")
+EVALUATING = ("evaluate", "evaluate_command", "metric", "best", "plot")
 OWN = sorted({name for names in METHODS.values() for name in names})
 CHOICES = ("like", "dtype", "allow_nonfinite", "only", "skip")
 
@@ -135,6 +135,13 @@ def parser() -> argparse.ArgumentParser:
         "--minimize", dest="best", action="store_const", const="min", help="the lowest metric is best (default)"
     )
     search.add_argument("--maximize", dest="best", action="store_const", const="max", help="the highest is")
+    search.add_argument(
+        "--plot",
+        nargs="?",
+        const="",
+        metavar="FILE.png",
+        help="draw what was explored; last of all or with FILE (default: OUT.sweep.png, OUT.greedy.png; or .pdf, .svg)",
+    )
     run = p.add_argument_group("the run")
     run.add_argument("--dry-run", action="store_true", help="print what would be read and written, and stop")
     run.add_argument("--force", action="store_true", help="replace an existing output")
@@ -239,6 +246,7 @@ def _sweep(options: argparse.Namespace) -> None:
             **axes,
             at=options.at,
             force=options.force,
+            plot=_plot(options, output, "sweep"),
             progress=progress,
             **choices,
         )
@@ -267,9 +275,10 @@ def _search(options: argparse.Namespace) -> None:
         if options.method == "ranked":
             if options.top is None:
                 raise ValueError("--method ranked needs --top")
+            _refuse(options, method, "plot")
             result = ranked(models, top=options.top, **settings)
         else:
-            result = greedy(models, **settings)
+            result = greedy(models, plot=_plot(options, output, "greedy"), **settings)
     if not options.quiet:
         print(result.table())
         kept, seconds = sum(one.kept for one in result.tried), time.monotonic() - began
@@ -358,6 +367,11 @@ def _output(options: argparse.Namespace) -> str | Path:
     if len(options.paths) > 1 or not is_searched(folder, alone=True):
         raise ValueError("say where to write with -o OUT (only for a single folder there is a default, FOLDER/soup)")
     return folder / DEFAULT_OUTPUT
+
+
+def _plot(options: argparse.Namespace, output: str | Path, what: str) -> str | None:
+    """Where the picture goes, if one is wanted."""
+    return f"{Path(output)}.{what}.png" if options.plot == "" else cast("str | None", options.plot)
 
 
 def _describe(soup: Soup) -> str:

@@ -68,7 +68,7 @@ def values(result) -> dict[tuple[str, int], float]:
 
 
 def test_windows_and_spacings_match_float64_and_the_best_is_written(tmp_path, seen):
-    result = sweep(tmp_path / "run", size, tmp_path / "best", window=(1, 3, 4), spacing=(1, 2))
+    result = sweep(tmp_path / "run", size, tmp_path / "best", window=(1, 3, 4), spacing=(1, 2), plot=tmp_path / "a.png")
     expected = {}
     for window in (1, 3, 4):
         for spacing in (1, 2):
@@ -95,8 +95,8 @@ def test_windows_and_spacings_match_float64_and_the_best_is_written(tmp_path, se
         rows = list(csv.DictReader(file))
     for row, cell in zip(rows, result.cells, strict=True):
         assert {**cell.setting, "step": cell.step, "metric": cell.metric} == {n: float(v) for n, v in row.items()}
-    assert (tmp_path / "best.sweep.png").read_bytes().startswith(b"\x89PNG")
-    assert sorted(os.listdir(tmp_path)) == ["best", "best.sweep.csv", "best.sweep.png", "run"]
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(os.listdir(tmp_path)) == ["a.png", "best", "best.sweep.csv", "run"]
     lines = result.table().splitlines()
     assert len(lines) == 1 + len(STEPS)
     first = f"{result.cells[0].metric:.6g}"
@@ -166,13 +166,6 @@ def test_progress_names_what_is_next(tmp_path, seen):
     assert calls == [(0, 3, "window 8 at step 80"), (1, 3, "window 7 at step 70"), (2, 3, "window 7 at step 80")]
 
 
-def test_without_matplotlib_the_table_is_there_and_a_warning_says_what_to_install(tmp_path, seen, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.warns(UserWarning, match="averaging\\[plot\\]"):
-        sweep(tmp_path / "run", size, tmp_path / "best", window=(1, 2))
-    assert sorted(os.listdir(tmp_path)) == ["best", "best.sweep.csv", "run"]
-
-
 # ---------------------------------------------------------------------- the command
 
 
@@ -206,7 +199,10 @@ def soup(*arguments) -> int:
 
 
 def test_the_command_prints_the_table_and_writes_the_best(here, tmp_path, capsys):
-    assert soup("run", "--sweep", "window=1,2,4", "--every", "2", "--evaluate", f"{here}:size", "--maximize") == 0
+    assert (
+        soup("run", "--sweep", "window=1,2,4", "--every", "2", "--evaluate", f"{here}:size", "--maximize", "--plot")
+        == 0
+    )
     out = capsys.readouterr().out.splitlines()
     assert out[0].split() == ["step", "window", "1", "window", "2", "window", "4"]
     assert [line.split()[0] for line in out[1:-1]] == ["20", "40", "60", "80"]

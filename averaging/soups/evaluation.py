@@ -169,6 +169,12 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     return total.hexdigest()
 
 
+def title(evaluate: Evaluate, metric: str | None) -> str:
+    """What the metric is called in a picture."""
+    name = "" if isinstance(evaluate, Command) else str(getattr(evaluate, "__name__", ""))
+    return metric or (name if name.isidentifier() else "metric")
+
+
 def _name(evaluate: Evaluate) -> str:
     if isinstance(evaluate, Command):
         return evaluate.__name__

@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Unpack
 
+from averaging.atomic import replacing
 from averaging.checkpoints import Checkpoint
-from averaging.soups.evaluation import Best, Evaluate, Progress, check_best, evaluating
+from averaging.soups import plots
+from averaging.soups.evaluation import Best, Evaluate, Progress, check_best, evaluating, title
 from averaging.soups.soup import Options, Paths, opened
 from averaging.soups.uniform import Uniform
 
@@ -66,6 +69,7 @@ def greedy(
     best: Best = "min",
     metric: str | None = None,
     cache: str | os.PathLike[str] | None = None,
+    plot: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
     **options: Unpack[Options],
 ) -> Chosen:
@@ -80,6 +84,8 @@ def greedy(
         metric: which one, if ``evaluate`` returns several.
         cache: a JSON file that keeps the results by the content evaluated: a search that was interrupted, or is
             repeated, evaluates nothing twice. It is for one ``evaluate``, by its name, and one set of data.
+        plot: a ``.png``, ``.pdf`` or ``.svg`` file for a picture of the path (needs matplotlib); the uniform soup of
+            all is then evaluated, too.
         progress: called before each evaluation with how many were done, how many there are and what is next.
 
     The other arguments are as in `averaging.soups.uniform`.
@@ -89,7 +95,7 @@ def greedy(
             what `averaging.soups.uniform` raises. Nothing but the cache is written then.
         FileExistsError: the output exists and ``force`` is off.
     """
-    return _choose(paths, evaluate, output, None, best, metric, cache, progress, options)
+    return _choose(paths, evaluate, output, None, best, metric, cache, plot, progress, options)
 
 
 def ranked(
@@ -109,7 +115,7 @@ def ranked(
     Raises:
         ValueError: there are fewer than ``top``, and what `greedy` raises.
     """
-    return _choose(paths, evaluate, output, top, best, metric, cache, progress, options)
+    return _choose(paths, evaluate, output, top, best, metric, cache, None, progress, options)
 
 
 def _choose(
@@ -120,6 +126,7 @@ def _choose(
     best: Best,
     metric: str | None,
     cache: str | os.PathLike[str] | None,
+    plot: str | os.PathLike[str] | None,
     progress: Progress | None,
     options: Options,
 ) -> Chosen:
@@ -128,11 +135,12 @@ def _choose(
     Uniform(models, output, **options)  # complains now about what would be found wrong at the end
     if top is not None and not 1 <= top <= len(models):
         raise ValueError(f"top={top}: must be between 1 and the number of checkpoints, {len(models)}")
+    plots.check_plot(plot, output, options.get("force", False))
     method = "greedy" if top is None else "ranked"
     temporary: Any = {**options, "force": True}
     make = partial(Uniform, method=method)
     sign = 1 if best == "min" else -1
-    total = 2 * len(models) - 1 if top is None else len(models) + 1
+    total = 2 * len(models) - 1 + (plot is not None) if top is None else len(models) + 1
     with evaluating(evaluate, output, metric, cache) as measure:
 
         def metric_of(chosen: Sequence[Checkpoint], done: int) -> float:
@@ -156,6 +164,7 @@ def _choose(
                 tried.append(Tried(models[i], alone[i], mixed, kept))
                 if kept:
                     soup, score = [*soup, models[i]], mixed
+        uniform = score if plot is None else metric_of(models, total - 1)
     facts = {
         "metric": score,
         "best": best,
@@ -164,4 +173,8 @@ def _choose(
             for one in tried
         ],
     }
-    return Chosen(tried, score, make(soup, output, facts=facts, **options).cook())
+    with ExitStack() as stack:  # the picture and the soup, or neither
+        if plot is not None:
+            figure = plots.greedy_path(tried, uniform, best, title(evaluate, metric))
+            plots.save(figure, stack.enter_context(replacing(plot)))
+        return Chosen(tried, score, make(soup, output, facts=facts, **options).cook())

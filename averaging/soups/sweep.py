@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import csv
 import itertools
-import math
 import os
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -24,13 +22,13 @@ from typing import TYPE_CHECKING, Any
 from averaging.atomic import replacing
 from averaging.checkpoints import Checkpoint, gather
 from averaging.decay import Decay, check_decay
+from averaging.soups import plots
 from averaging.soups.ema import check_ema, ema_weights
-from averaging.soups.evaluation import Best, Evaluate, Progress, check_best, evaluating
+from averaging.soups.evaluation import Best, Evaluate, Progress, check_best, evaluating, title
 from averaging.soups.post_hoc import rebuilding, snapshots
 from averaging.soups.uniform import Uniform
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
     from torch import Tensor
 
 Setting = dict[str, Any]
@@ -109,6 +107,7 @@ def sweep(
     force: bool = False,
     only: str | None = None,
     skip: str | None = None,
+    plot: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> Sweep:
     """Evaluate every combination of the settings at every checkpoint, and write the best average.
@@ -129,7 +128,7 @@ def sweep(
             opens with ``from_pretrained`` where those of the checkpoints (or ``like``) do; returns the metric, or
             several by name.
         output: where the best average is written, as in `averaging.soups.uniform`. Beside it come the metrics as
-            ``NAME.sweep.csv`` and their heat map as ``NAME.sweep.png`` (needs matplotlib). ``None``: nothing.
+            ``NAME.sweep.csv``. ``None``: nothing.
         window: how many checkpoints are averaged; all there are if not given. An end with fewer is left out.
         spacing: every how many-th checkpoint is averaged, counted back from the end.
         decay: EMA over the checkpoints with this decay per optimizer step, the first one a copy: what
@@ -140,6 +139,7 @@ def sweep(
         best: whether the lowest or the highest metric is best.
         metric, cache: as in `averaging.soups.greedy`.
         like, dtype, allow_nonfinite, force, only, skip: as in `averaging.soups.uniform`.
+        plot: a ``.png``, ``.pdf`` or ``.svg`` file for the heat map of the metric (needs matplotlib).
         progress: called before each evaluation.
 
     Raises:
@@ -152,12 +152,12 @@ def sweep(
     axes = {"window": window, "spacing": spacing, "decay": decay, "weights": weights, "post_hoc": post_hoc}
     options = {"like": like, "dtype": dtype, "allow_nonfinite": allow_nonfinite, "only": only, "skip": skip}
     plans = plan(paths, {axis: values for axis, values in axes.items() if values}, at, **options)
-    beside = [] if output is None else [Path(f"{Path(output)}.sweep{suffix}") for suffix in (".csv", ".png")]
-    if output is not None:
+    plots.check_plot(plot, output, force)
+    table = None if output is None else Path(f"{Path(output)}.sweep.csv")
+    if table is not None:
         plans[0].soup(output=output, force=force)  # complains now about what would be found wrong at the end
-        for path in beside:
-            if path.exists() and not force:
-                raise FileExistsError(f"{path} exists already; pass --force (force=True) to replace it")
+        if table.exists() and not force:
+            raise FileExistsError(f"{table} exists already; pass --force (force=True) to replace it")
     cells = []
     with evaluating(evaluate, output, metric, cache) as measure:
         for number, each in enumerate(plans):
@@ -170,10 +170,10 @@ def sweep(
     won = cells[number]
     facts = {"sweep": {**won.setting, "step": won.step, "metric": won.metric}}
     with ExitStack() as stack:  # all of the outputs, or none
-        if beside:
-            _write_csv(cells, stack.enter_context(replacing(beside[0])))
-            if figure := _heat_map(cells, won, best, metric or str(getattr(evaluate, "__name__", "metric"))):
-                figure.savefig(stack.enter_context(replacing(beside[1])), format="png", dpi=120)
+        if table is not None:
+            _write_csv(cells, stack.enter_context(replacing(table)))
+        if plot is not None:
+            plots.save(plots.heat_map(cells, won, best, title(evaluate, metric)), stack.enter_context(replacing(plot)))
         return Sweep(cells, won, plans[number].soup(output=output, force=force, facts=facts).cook())
 
 
@@ -269,33 +269,3 @@ def _write_csv(cells: Sequence[Cell], path: Path) -> None:
         writer = csv.writer(file)
         writer.writerow([*cells[0].setting, "step", "metric"])
         writer.writerows([*cell.setting.values(), cell.step, cell.metric] for cell in cells)
-
-
-def _heat_map(cells: Sequence[Cell], won: Cell, best: Best, metric: str) -> Figure | None:
-    """Steps from left to right, settings from bottom to top, the best one framed."""
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.patches import Rectangle
-    except ImportError:
-        warnings.warn(
-            "no heat map was drawn because matplotlib is not installed: pip install 'averaging[plot]'", stacklevel=3
-        )
-        return None
-    steps = sorted({cell.step for cell in cells})
-    settings = list(dict.fromkeys(cell.label for cell in cells))
-    values = [[math.nan] * len(steps) for _ in settings]
-    for cell in cells:
-        values[settings.index(cell.label)][steps.index(cell.step)] = cell.metric
-    figure = Figure(figsize=(min(16, 3 + 0.5 * len(steps)), min(10, 1.5 + 0.4 * len(settings))), layout="constrained")
-    axes = figure.add_subplot()
-    colours = "viridis" if best == "max" else "viridis_r"
-    image = axes.imshow(values, cmap=colours, aspect="auto", origin="lower", interpolation="nearest")
-    corner = steps.index(won.step) - 0.5, settings.index(won.label) - 0.5
-    axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor="red", linewidth=2))
-    shown = range(0, len(steps), max(1, math.ceil(len(steps) / 12)))
-    axes.set_xticks(shown, [str(steps[i]) for i in shown], rotation=45)
-    axes.set_yticks(range(len(settings)), settings)
-    axes.set_xlabel("optimizer step of the newest checkpoint")
-    axes.set_title(f"best: {won.metric:.6g}, {won.label} at step {won.step}")
-    figure.colorbar(image, label=f"{metric} ({'lower' if best == 'min' else 'higher'} is better)")
-    return figure

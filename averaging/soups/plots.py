@@ -1,0 +1,118 @@
+"""Pictures of what a method explored. matplotlib comes from the extra ``plot``, imported when something is drawn."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from averaging.soups.evaluation import Best
+    from averaging.soups.greedy import Tried
+    from averaging.soups.sweep import Cell
+
+KINDS = (".png", ".pdf", ".svg")
+BLUE, ORANGE, RED, GREY = "#1f5fa8", "#d9730d", "#c0392b", "#8a8a8a"
+
+
+def check_plot(path: str | os.PathLike[str] | None, output: str | os.PathLike[str] | None, force: bool = False) -> None:
+    """Find out before any work starts whether a picture can be drawn and written to ``path``, if there is one.
+
+    Raises:
+        ValueError: matplotlib is not installed, the name is not one of a picture, or it lies in the soup's ``output``.
+        FileExistsError: it exists and ``force`` is off.
+    """
+    if path is None:
+        return
+    if Path(path).suffix not in KINDS:
+        raise ValueError(f"{path} is no name for a picture: it must end in {', '.join(KINDS)}")
+    if Path(path).exists() and not force:
+        raise FileExistsError(f"{path} exists already; pass --force (force=True) to replace it")
+    if output is not None and Path(os.path.realpath(output)) in Path(os.path.realpath(path)).parents:
+        raise ValueError(f"{path} lies in the output, which is replaced as a whole; draw the picture elsewhere")
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise ValueError("pictures need matplotlib: pip install 'averaging[plot]'") from error
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write ``figure`` as what the name's suffix says."""
+    figure.savefig(path, dpi=120)
+
+
+def greedy_path(tried: Sequence[Tried], uniform: float, best: Best, metric: str) -> Figure:
+    """The soup's metric against the ingredients tried, best first: those kept, those not, and the lines to beat."""
+    figure = _figure(max(6.4, 3 + 0.3 * len(tried)), 4.2)
+    axes = figure.add_subplot()
+    places = range(1, len(tried) + 1)
+    soup, so_far = tried[0].metric, []
+    for one in tried:
+        soup = one.soup if one.kept and one.soup is not None else soup
+        so_far.append(soup)
+    axes.axhline(tried[0].metric, color=GREY, linestyle="--", linewidth=1, label=f"best single: {tried[0].metric:.5g}")
+    axes.axhline(uniform, color=ORANGE, linestyle=":", linewidth=1.5, label=f"uniform soup of all: {uniform:.5g}")
+    axes.plot(places, [one.metric for one in tried], "o", color=GREY, markersize=4, alpha=0.6, label="each alone")
+    axes.plot(places, so_far, color=BLUE, drawstyle="steps-post", linewidth=1.5, label=f"greedy soup: {soup:.5g}")
+    for kept, marker, colour, label in ((True, "o", BLUE, "kept"), (False, "x", RED, "tried and rejected")):
+        shown = [(n, one.soup) for n, one in zip(places, tried, strict=True) if one.kept is kept]
+        if shown:
+            axes.plot(*zip(*shown, strict=True), marker, color=colour, markersize=8, label=label, linestyle="none")
+    axes.set_xticks(_few(places), map(str, _few(places)))
+    axes.set_xlabel("ingredients tried, best first")
+    axes.set_ylabel(_better(metric, best))
+    axes.set_title(f"greedy soup: {sum(one.kept for one in tried)} of {len(tried)} ingredients kept")
+    _legend(axes)
+    return figure
+
+
+def heat_map(cells: Sequence[Cell], won: Cell, best: Best, metric: str) -> Figure:
+    """The metric of a sweep: steps from left to right, settings from bottom to top, the best one framed."""
+    from matplotlib.patches import Rectangle
+
+    steps = sorted({cell.step for cell in cells})
+    settings = list(dict.fromkeys(cell.label for cell in cells))
+    values = [[math.nan] * len(steps) for _ in settings]
+    for cell in cells:
+        values[settings.index(cell.label)][steps.index(cell.step)] = cell.metric
+    figure = _figure(min(16, 4 + 0.5 * len(steps)), min(10, 1.8 + 0.4 * len(settings)))
+    axes = figure.add_subplot()
+    colours = "viridis" if best == "max" else "viridis_r"
+    image = axes.imshow(values, cmap=colours, aspect="auto", origin="lower", interpolation="nearest")
+    corner = steps.index(won.step) - 0.5, settings.index(won.label) - 0.5
+    axes.add_patch(Rectangle(corner, 1, 1, fill=False, edgecolor=RED, linewidth=2.5, clip_on=False, zorder=3))
+    shown = _few(range(len(steps)))
+    axes.set_xticks(shown, [str(steps[i]) for i in shown], rotation=45)
+    axes.set_yticks(range(len(settings)), settings)
+    axes.set_xlabel("optimizer step of the newest checkpoint")
+    axes.set_title(f"best: {won.metric:.6g}, {won.label} at step {won.step}")
+    figure.colorbar(image, label=_better(metric, best))
+    return figure
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _few(places: Iterable[int]) -> list[int]:
+    """At most about a dozen of ``places``, so that their labels do not run into each other."""
+    places = list(places)
+    return places[:: max(1, math.ceil(len(places) / 12))]
+
+
+def _better(metric: str, best: Best) -> str:
+    return f"{metric} ({'lower' if best == 'min' else 'higher'} is better)"
+
+
+def _legend(axes: Axes) -> None:
+    """Beside the axes, where it hides nothing."""
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
