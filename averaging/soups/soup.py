@@ -53,7 +53,7 @@ class Soup:
         models: the ingredients.
         output: where it is written, if anywhere.
         init: the model that the others were fine-tuned from. The soup is then θ_init + Σ cᵢ (θᵢ − θ_init).
-        weights: one number per model; ``None`` stands for ones.
+        weights: one number per model, or name → one per model for each floating-point tensor; ``None`` stands for ones.
         divisor: what the weights are divided by to give the coefficients.
         formula: gives the coefficients of each tensor instead of the weights.
         method: the method's name, and ``facts``, what else is to be known of it: for the record.
@@ -68,7 +68,7 @@ class Soup:
         output: str | os.PathLike[str] | None = None,
         *,
         init: PathLike | None = None,
-        weights: Sequence[float] | None = None,
+        weights: Sequence[float] | Mapping[str, Sequence[float]] | None = None,
         divisor: float = 1.0,
         formula: Formula | None = None,
         method: str,
@@ -90,9 +90,10 @@ class Soup:
                 "--allow-nonfinite (allow_nonfinite=True)"
             )
         self.ingredients = [*([] if self.init is None else [self.init]), *models]
-        self.weights = list(weights) if weights is not None else None
+        self.by_tensor = dict(weights) if isinstance(weights, Mapping) else None
+        self.weights = None if weights is None or isinstance(weights, Mapping) else list(weights)
         if self.init is not None and formula is None:
-            self.weights = with_init([weight / divisor for weight in weights or [1.0] * len(models)])
+            self.weights = with_init([weight / divisor for weight in self.weights or [1.0] * len(models)])
             divisor = 1.0
         self.divisor = divisor
         if only is not None or skip is not None:
@@ -117,7 +118,7 @@ class Soup:
     @property
     def coefficients(self) -> list[float] | None:
         """What each ingredient is multiplied by, if that is the same in all tensors."""
-        if self.formula is not None:
+        if self.formula is not None or self.by_tensor is not None:
             return None
         return [weight / self.divisor for weight in self.weights or [1.0] * len(self.ingredients)]
 
@@ -148,7 +149,7 @@ class Soup:
 
         held = self.ingredients[-1].entries.keys()
         checksums: list[str] = []
-        measured: dict[str, list[float]] | None = None
+        measured: Mapping[str, Sequence[float]] | None = self.by_tensor
         if self.formula is not None:
             measured = self._measure(self.formula, progress)
             if progress is not None:
