@@ -14,8 +14,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
+try:
+    from averaging import _kernels
+except ImportError:  # no compiler when the package was installed
+    _kernels = None  # type: ignore[assignment]
+
 if TYPE_CHECKING:
     from torch import Tensor
+
+# What _kernels.c computes with, and its numbers for them.
+COMPILED = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.float64: 3}
 
 # Elements handled at a time on the CPU: large enough to outweigh the cost of calling an operation, small
 # enough for the float64 sum and one converted operand to stay in the cache.
@@ -155,6 +163,10 @@ class Combiner:
         return memory[:, :size].unbind()
 
 
+def _memory(flat: Tensor) -> memoryview:
+    return flat.detach().view(torch.uint8).numpy().data
+
+
 class Products:
     """All inner products of d₀ = x₀ and dᵢ = xᵢ − x₀, in float64; of complex numbers the real parts.
 
@@ -201,6 +213,10 @@ def combine(
 
     def run(blocks: list[Tensor], out: Tensor) -> None:
         with mode():
+            if _kernels is not None and all(t.dtype in COMPILED and t.device.type == "cpu" for t in (blocks[0], out)):
+                source, target = COMPILED[blocks[0].dtype], COMPILED[out.dtype]
+                _kernels.combine([*map(_memory, blocks)], source, coefficients, divisor, _memory(out), target)
+                return
             combiners.__dict__.setdefault("own", Combiner())(blocks, out, coefficients, divisor)
 
     threads = torch.get_num_threads()

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from averaging import cli, kernels
 from averaging.checkpoints import Checkpoint
-from averaging.soups import engine, uniform
+from averaging.soups import arithmetic, engine, uniform
 
 HALF = [torch.bfloat16, torch.float16]
 FLOATS = [*HALF, torch.float32, torch.float64]
@@ -57,12 +57,22 @@ def small_pieces(monkeypatch):
     monkeypatch.setattr(engine, "PIECE", 1024)
 
 
+@pytest.fixture(params=["compiled", "torch"])
+def both(request, monkeypatch):
+    """Once with the compiled kernels and once as where they could not be built."""
+    if request.param == "torch":
+        monkeypatch.setattr(arithmetic, "_kernels", None)
+        monkeypatch.setattr(kernels, "_kernels", None)
+    elif arithmetic._kernels is None:
+        pytest.skip("built without a compiler")
+
+
 def soup(*arguments):
     return cli.main([str(argument) for argument in arguments])
 
 
 @pytest.mark.parametrize("dtype", HALF)
-def test_rounding_is_to_the_nearest(dtype):
+def test_rounding_is_to_the_nearest(dtype, both):
     wide = torch.cat([random((20000,), torch.float64, 1) * s for s in (1, 2.0**-5, 2.0**-12, 2.0**-120)])
     middle = wide.to(dtype)
     beside = (middle.view(torch.int16) + 1).view(dtype)
@@ -76,7 +86,7 @@ def test_rounding_is_to_the_nearest(dtype):
 
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("scale", [1.0, 0.125])
-def test_rounding_next_to_every_number_and_midpoint(dtype, scale):
+def test_rounding_next_to_every_number_and_midpoint(dtype, scale, both):
     # Some numbers at a time: they are rounded faster where all of them are normal.
     bits = torch.arange(-(2**15), 2**15).to(torch.int16).view(-1, 64)
     for low in bits.view(dtype):
@@ -98,7 +108,7 @@ def rounded(wide, dtype, **options):
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("weights", [None, [0.3, 0.1, 2.0, 1.0, 0.7, -0.1]])
 @pytest.mark.parametrize("count", [2, 3, 6])
-def test_every_entry_is_the_nearest_to_the_float64_mean(tmp_path, dtype, weights, count, small_pieces):
+def test_every_entry_is_the_nearest_to_the_float64_mean(tmp_path, dtype, weights, count, small_pieces, both):
     shapes = {"matrix": (70, 33), "vector": (1025,), "scalar": (), "empty": (0, 3)}
     models = [{n: random(s, dtype, 10 * i + j) for j, (n, s) in enumerate(shapes.items())} for i in range(count)]
     paths = [write(tmp_path / f"{i}.safetensors", model) for i, model in enumerate(models)]
@@ -118,7 +128,7 @@ def test_every_entry_is_the_nearest_to_the_float64_mean(tmp_path, dtype, weights
             assert torch.equal(live, mixed[name])
 
 
-def test_pieces_of_the_real_size_and_all_outputs_agree(tmp_path):
+def test_pieces_of_the_real_size_and_all_outputs_agree(tmp_path, both):
     models = [{"a": random((3, 150_001), torch.bfloat16, i), "b": random((7,), torch.float32, i)} for i in range(5)]
     paths = [write(tmp_path / f"{i}.safetensors", model) for i, model in enumerate(models)]
     written = uniform(paths, tmp_path / "soup.safetensors")
@@ -131,7 +141,7 @@ def test_pieces_of_the_real_size_and_all_outputs_agree(tmp_path):
         assert torch.equal(load_file(tmp_path / "soup.safetensors")[name], expected)
 
 
-def test_complex_and_what_is_not_averaged(tmp_path):
+def test_complex_and_what_is_not_averaged(tmp_path, both):
     z = torch.complex(torch.randn(5), torch.randn(5))
     fixed = {"bool": torch.tensor([True]), "int": torch.arange(3), "fp8": torch.ones(4).to(torch.float8_e4m3fn)}
     for i in range(3):
@@ -144,7 +154,7 @@ def test_complex_and_what_is_not_averaged(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "fp16", "float32", "float64"])
-def test_another_dtype(tmp_path, dtype):
+def test_another_dtype(tmp_path, dtype, both):
     models = [{"a": random((999,), torch.float32, i), "n": torch.tensor([3])} for i in range(3)]
     paths = [write(tmp_path / f"{i}.safetensors", model) for i, model in enumerate(models)]
     mixed = uniform(paths, tmp_path / "out.safetensors", dtype=dtype)
@@ -253,7 +263,7 @@ def test_another_dtype_is_named_in_the_configuration(run, tmp_path):
     assert index["metadata"]["total_size"] == Checkpoint(tmp_path / "out").nbytes
 
 
-def test_checksums_see_content_and_order_but_not_the_files(tmp_path, small_pieces):
+def test_checksums_see_content_and_order_but_not_the_files(tmp_path, small_pieces, both):
     def checksums(*models):
         for i, model in enumerate(models):
             write(tmp_path / f"{i}.safetensors", model)
@@ -334,6 +344,81 @@ def test_a_dry_run_writes_nothing_and_needs_no_torch(run, tmp_path):
     assert "checkpoint-100" in done.stdout
     assert "step 100" in done.stdout
     assert "tokenizer.json (copied)" in done.stdout
+
+
+@pytest.mark.skipif(arithmetic._kernels is None, reason="built without a compiler")
+@pytest.mark.parametrize("arguments", [[], ["--method", "slerp"], ["--method", "model-stock"], ["--dtype", "fp16"]])
+def test_safetensors_are_mixed_without_torch(tmp_path, arguments):
+    for i in range(3):
+        write(tmp_path / f"{i}.safetensors", {"a": random((50,), torch.bfloat16, i), "n": torch.arange(3)})
+    paths = [str(tmp_path / f"{i}.safetensors") for i in range(3)]
+    if "--method" in arguments:
+        arguments = [*arguments, "--init", paths.pop(0)]
+    code = (
+        "import sys; from averaging import cli; "
+        f"status = cli.main({[*paths, *arguments, '-o', str(tmp_path / 'out.safetensors')]!r}); "
+        "sys.exit(status or 'torch' in sys.modules or 'numpy' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    assert torch.isfinite(load_file(tmp_path / "out.safetensors")["a"]).all()
+
+
+@pytest.mark.skipif(arithmetic._kernels is None, reason="built without a compiler")
+@pytest.mark.parametrize("divisor", [3.0, 4.0])
+@pytest.mark.parametrize("target", FLOATS)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_compiled_kernels_and_torch_give_the_same_bits(dtype, target, divisor):
+    """Every number of half precision, NaN, infinity and subnormal ones among them, in every position of a vector."""
+    g = torch.Generator().manual_seed(1)
+    if dtype in HALF:
+        rows = [torch.randperm(2**16, generator=g).to(torch.int16).view(dtype) for _ in range(3)]
+    else:
+        scales = 10.0 ** torch.randint(-44, 38, (3, 65_537), generator=g, dtype=torch.float64)
+        rows = [*(torch.randn(scales.shape, generator=g, dtype=torch.float64) * scales).to(dtype)]
+        rows[1][7], rows[2][1000] = torch.nan, torch.inf
+    count = len(rows[0])
+    for coefficients in (None, [0.25, -1.5, 1e-3]):
+        compiled, expected = torch.empty(count, dtype=target), torch.empty(count, dtype=target)
+        finite = arithmetic.Compiled().combine(
+            [row.view(torch.uint8).numpy().data for row in rows],
+            str(dtype).removeprefix("torch."),
+            coefficients,
+            divisor,
+            compiled.view(torch.uint8).numpy().data,
+            str(target).removeprefix("torch."),
+        )
+        kernels.Combiner()(rows, expected, coefficients, divisor)
+        bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[target.itemsize]
+        assert not finite
+        assert torch.equal(compiled.isnan(), expected.isnan())
+        real = ~expected.isnan()
+        assert torch.equal(compiled.view(bits)[real], expected.view(bits)[real])
+
+
+@pytest.mark.skipif(arithmetic._kernels is None, reason="built without a compiler")
+def test_compiled_kernels_refuse_what_does_not_fit():
+    row, out, matrix = memoryview(bytes(8)), memoryview(bytearray(8)), memoryview(bytearray(32))
+    kernel = arithmetic._kernels
+    for wrong in (
+        lambda: kernel.combine([], 2, None, 1.0, out, 2),
+        lambda: kernel.combine([row, row[:4]], 2, None, 1.0, out, 2),
+        lambda: kernel.combine([row[:6]], 2, None, 1.0, out, 2),
+        lambda: kernel.combine([row], 2, None, 1.0, out[:4], 2),
+        lambda: kernel.combine([row], 9, None, 1.0, out, 2),
+        lambda: kernel.combine([row], 2, None, 1.0, out, -1),
+        lambda: kernel.products([row, row], 2, matrix[:16]),
+        lambda: kernel.products([row] * 5000, 2, matrix),
+        lambda: kernel.sums(row, 512, memoryview(bytearray(arithmetic.SUMS))),
+        lambda: kernel.sums(row, 256 * 1024, memoryview(bytearray(arithmetic.SUMS))),
+        lambda: kernel.sums(row, 0, out),
+    ):
+        with pytest.raises(ValueError):  # noqa: PT011
+            wrong()
+    for coefficients, place in ((["a"], out), (None, row)):  # the last is read-only
+        with pytest.raises(TypeError):
+            kernel.combine([row], 2, coefficients, 1.0, place, 2)
+    with pytest.raises(IndexError):
+        kernel.combine([row, row], 2, [1.0], 1.0, out, 2)
 
 
 def test_help_and_version_need_no_torch():

@@ -9,7 +9,9 @@ neither on the number nor on the size of the checkpoints.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -17,10 +19,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-
-from averaging import kernels
-from averaging.checkpoints.files import open_regular, read_into
+from averaging.checkpoints.files import BITS, open_regular, read_into
+from averaging.soups.arithmetic import SUMS, Arithmetic, arithmetic, as_tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,8 +32,7 @@ Sink = Callable[[str, int, memoryview], None]
 Progress = Callable[[int, int], None]
 """Takes the bytes read so far and the bytes to read in all."""
 
-PIECE = 256 * 1024  # bytes of one ingredient handled at a time
-ROWS = 4  # pieces read before they are added: their checksums are computed together
+PIECE = 256 * 1024  # bytes of one ingredient handled at a time, at most
 TASK = 32  # pieces that a worker takes at a time; also the unit of the checksum
 AVERAGED = ("bfloat16", "float16", "float32", "float64", "complex64")
 
@@ -80,7 +79,7 @@ class _Pass:
             ValueError: NaN, infinity, an overflow of the result's dtype, or integers that differ.
             OSError: reading or the sink failed.
         """
-        threads = torch.get_num_threads()
+        threads = _threads()
         self._stop.clear()
         try:
             with ThreadPoolExecutor(threads, thread_name_prefix="soup") as pool:
@@ -91,7 +90,7 @@ class _Pass:
                 finally:
                     self._stop.set()
         finally:
-            torch.set_num_threads(threads)  # the workers' setting is also that of threads to come
+            _set_torch_threads(threads)  # the workers' setting is also that of threads to come
 
     def _begin(self, tensor: _Tensor, tasks: int) -> None:
         raise NotImplementedError
@@ -133,8 +132,8 @@ class _Pass:
                 self._end(tensor)
 
     def _work(self, tasks: Iterator[tuple[_Tensor, int]]) -> None:
-        torch.set_num_threads(1)
-        buffers = _Buffers()
+        _set_torch_threads(1)
+        buffers = _Buffers(len(self.ingredients))
         while not self._stop.is_set():
             with self._lock:
                 task = next(tasks, None)
@@ -146,38 +145,25 @@ class _Pass:
             with self._lock:
                 self._done += (stop - start) * len(self.ingredients)
 
-    def _rows(
-        self,
-        tensor: _Tensor,
-        start: int,
-        size: int,
-        buffers: _Buffers,
-        dtype: torch.dtype,
-        digests: Sequence[hashlib._Hash] = (),
-    ) -> Iterator[Tensor]:
-        """One piece of each ingredient in turn; the next one may overwrite the memory. Feeds ``digests`` with it."""
-        sources, descriptors = tensor.sources, tensor.descriptors
-        rows, views, matrix = buffers.pieces(dtype, size, padded=bool(digests))
-        for first in range(0, len(sources), ROWS):
-            count = min(ROWS, len(sources) - first)
-            for i in range(count):
-                source = sources[first + i]
-                read_into(descriptors[first + i], views[i], source.start + start, source.file)
-            if digests:
-                sums = torch.cat((matrix.sum(2), matrix.sum(1)), 1).numpy()
-                for i in range(count):
-                    digests[first + i].update(sums[i])
-            yield from rows[:count]
+    def _read(self, tensor: _Tensor, start: int, size: int, buffers: _Buffers) -> list[memoryview]:
+        """One piece of each ingredient, in memory that the next call may overwrite."""
+        rows = buffers.rows(size)
+        for row, descriptor, source in zip(rows, tensor.descriptors, tensor.sources, strict=True):
+            read_into(descriptor, row, source.start + start, source.file)
+        return rows
+
+    def _rows(self, tensor: _Tensor, start: int, size: int, buffers: _Buffers) -> list[Tensor]:
+        """`_read`, as tensors."""
+        return [as_tensor(row, tensor.sources[0].dtype) for row in self._read(tensor, start, size, buffers)]
 
     def _find_nonfinite(self, tensor: _Tensor, start: int, size: int, buffers: _Buffers) -> None:
-        dtype = getattr(torch, tensor.sources[0].dtype)
-        for number, values in enumerate(self._rows(tensor, start, size, buffers, dtype)):
-            bad = torch.isfinite(values).logical_not_()
+        for number, values in enumerate(self._rows(tensor, start, size, buffers)):
+            bad = values.isfinite().logical_not_()
             if bad.any():
                 index = int(bad.nonzero()[0])
                 raise ValueError(
                     f"{self.ingredients[number].path}: tensor {tensor.name!r} holds {values[index].item()} at element "
-                    f"{start // dtype.itemsize + index}; {self.advice}"
+                    f"{start // values.itemsize + index}; {self.advice}"
                 )
 
 
@@ -242,10 +228,24 @@ class Mixer(_Pass):
 
     def _task(self, tensor: _Tensor, start: int, stop: int, buffers: _Buffers) -> None:
         digests = [hashlib.sha256() for _ in tensor.sources]
+        dtype_out = self.dtypes[tensor.name] if tensor.averaged else tensor.sources[0].dtype
+        own = arithmetic(tensor.sources[0].dtype, dtype_out) if tensor.averaged else arithmetic()
         for position in range(start, stop, PIECE):
-            if self._stop.is_set():
-                return
-            self._mix(tensor, position, min(PIECE, stop - position), buffers, digests)
+            end = min(position + PIECE, stop)
+            block = own.block(len(tensor.sources), PIECE)
+            for at in range(position, end, block):
+                if self._stop.is_set():
+                    return
+                size = min(block, end - at)
+                rows = self._read(tensor, at, size, buffers)
+                for row, sums in zip(rows, buffers.sums, strict=True):
+                    own.sums(row, at - position, sums)
+                if tensor.averaged:
+                    self._mix(own, tensor, at, rows, buffers)
+                else:
+                    self.sink(tensor.name, at, self._agree(tensor, rows))
+            for digest, sums in zip(digests, buffers.sums, strict=True):
+                digest.update(sums)
         place = slice(start // (PIECE * TASK) * 32, (start // (PIECE * TASK) + 1) * 32)
         for part, digest in zip(self._parts[tensor.name], digests, strict=True):
             part[place] = digest.digest()
@@ -254,43 +254,30 @@ class Mixer(_Pass):
         for known, part in zip(self._digests, self._parts.pop(tensor.name), strict=True):
             known[tensor.name] = hashlib.sha256(part).digest()
 
-    def _mix(self, tensor: _Tensor, start: int, size: int, buffers: _Buffers, digests: Sequence[hashlib._Hash]) -> None:
-        dtype = getattr(torch, tensor.sources[0].dtype) if tensor.averaged else torch.uint8
-        rows = self._rows(tensor, start, size, buffers, dtype, digests)
-        if not tensor.averaged:
-            self.sink(tensor.name, start, self._agree(tensor, rows).numpy().data)
-            return
-        dtype_out: torch.dtype = getattr(torch, self.dtypes[tensor.name])
-        out, raw_out = buffers.result(dtype_out, size // dtype.itemsize)
-        own = self.coefficients[tensor.name] if isinstance(self.coefficients, Mapping) else self.coefficients
-        finite = buffers.combine(rows, out, own, self.divisor)
-        if not finite and not self.allow_nonfinite:
-            # One bad number among the ingredients makes this sum bad; it may also just overflow.
-            sum_ = out.sum(dtype=kernels.accumulator_dtype(dtype_out))
-            if not torch.isfinite(sum_).item():
-                self._find_nonfinite(tensor, start, size, buffers)
-                if not torch.isfinite(out).all():
-                    raise ValueError(
-                        f"tensor {tensor.name!r}: the average is too large for {self.dtypes[tensor.name]}; "
-                        "choose a wider dtype"
-                    )
-        self.sink(tensor.name, start * dtype_out.itemsize // dtype.itemsize, raw_out)
+    def _mix(self, own: Arithmetic, tensor: _Tensor, start: int, rows: Sequence[memoryview], buffers: _Buffers) -> None:
+        dtype, dtype_out, size = tensor.sources[0].dtype, self.dtypes[tensor.name], len(rows[0])
+        out = buffers.result(size * BITS[dtype_out] // BITS[dtype])
+        coefficients = self.coefficients[tensor.name] if isinstance(self.coefficients, Mapping) else self.coefficients
+        finite = own.combine(rows, dtype, coefficients, self.divisor, out, dtype_out)
+        # One bad number among the ingredients makes this sum bad; it may also just overflow.
+        if not finite and not self.allow_nonfinite and not as_tensor(out, dtype_out).isfinite().all():
+            self._find_nonfinite(tensor, start, size, buffers)
+            raise ValueError(f"tensor {tensor.name!r}: the average is too large for {dtype_out}; choose a wider dtype")
+        self.sink(tensor.name, start * BITS[dtype_out] // BITS[dtype], out)
 
-    def _agree(self, tensor: _Tensor, rows: Iterator[Tensor]) -> Tensor:
+    def _agree(self, tensor: _Tensor, rows: Sequence[memoryview]) -> memoryview:
         """A piece that is not averaged: the same in all ingredients, or the last one's."""
-        latest = tensor.name.rpartition(".")[2] == "num_batches_tracked"
-        kept = next(rows).clone()
-        for number, row in enumerate(rows, start=1):
-            if latest:
-                kept.copy_(row)
-            elif not torch.equal(row, kept):
-                first, other = self.ingredients[0].path, self.ingredients[number].path
-                raise ValueError(
-                    f"tensor {tensor.name!r} is {tensor.sources[0].dtype}, which cannot be averaged, and differs "
-                    f"between {first} and {other}; integer, boolean and quantised tensors must be the same in all "
-                    "(dequantise the models first)"
-                )
-        return kept
+        if tensor.name.rpartition(".")[2] != "num_batches_tracked":
+            kept = bytes(rows[0])
+            for number, row in enumerate(rows):
+                if bytes(row) != kept:
+                    first, other = self.ingredients[0].path, self.ingredients[number].path
+                    raise ValueError(
+                        f"tensor {tensor.name!r} is {tensor.sources[0].dtype}, which cannot be averaged, and differs "
+                        f"between {first} and {other}; integer, boolean and quantised tensors must be the same in all "
+                        "(dequantise the models first)"
+                    )
+        return rows[-1]
 
 
 class Gram(_Pass):
@@ -306,7 +293,7 @@ class Gram(_Pass):
     def __init__(self, ingredients: Sequence[Checkpoint], progress: Progress | None = None) -> None:
         super().__init__(ingredients, progress)
         self.products: dict[str, list[list[float]]] = {}
-        self._parts: dict[str, list[Tensor]] = {}
+        self._parts: dict[str, list[memoryview]] = {}
         # All ingredients' blocks together, in float64, are to stay in the cache.
         self._block = max(PIECE // len(ingredients) // 16 * 16, 16)
 
@@ -319,50 +306,59 @@ class Gram(_Pass):
 
     def _begin(self, tensor: _Tensor, tasks: int) -> None:
         count = len(tensor.sources)
-        self._parts[tensor.name] = [torch.zeros(count, count, dtype=torch.float64) for _ in range(tasks)]
+        self._parts[tensor.name] = [memoryview(bytearray(8 * count * count)) for _ in range(tasks)]
 
     def _task(self, tensor: _Tensor, start: int, stop: int, buffers: _Buffers) -> None:
-        dtype = getattr(torch, tensor.sources[0].dtype)
-        part = self._parts[tensor.name][start // (PIECE * TASK)]
+        dtype, part = tensor.sources[0].dtype, self._parts[tensor.name][start // (PIECE * TASK)]
+        own = arithmetic(dtype)
         for position in range(start, stop, self._block):
             if self._stop.is_set():
                 return
             size = min(self._block, stop - position)
-            buffers.products(self._rows(tensor, position, size, buffers, dtype), len(tensor.sources), part)
-        if not torch.isfinite(part).all():
+            own.products(self._read(tensor, position, size, buffers), dtype, part)
+        if not all(map(math.isfinite, part.cast("d"))):
             for position in range(start, stop, PIECE):
                 self._find_nonfinite(tensor, position, min(PIECE, stop - position), buffers)
             raise ValueError(f"tensor {tensor.name!r}: its numbers are too large to be squared and summed")
 
     def _end(self, tensor: _Tensor) -> None:
-        zero = torch.zeros(len(tensor.sources), len(tensor.sources), dtype=torch.float64)
-        self.products[tensor.name] = sum(self._parts.pop(tensor.name), zero).tolist()
+        count = len(tensor.sources)
+        total = [0.0] * count**2
+        for part in self._parts.pop(tensor.name):
+            total = [a + b for a, b in zip(total, part.cast("d"), strict=True)]
+        self.products[tensor.name] = [
+            [total[min(i, j) * count + max(i, j)] for j in range(count)] for i in range(count)
+        ]
 
 
 class _Buffers:
-    """The memory of one worker, and views of it: making them anew for every piece would take as long as an addition."""
+    """The memory of one worker."""
 
-    def __init__(self) -> None:
-        self.combine = kernels.Combiner()
-        self.products = kernels.Products()
-        self._raw = torch.empty((ROWS, PIECE), dtype=torch.uint8)
-        self._out = torch.empty(PIECE * 4, dtype=torch.uint8)  # a bfloat16 may become a float64
-        self._matrix = self._raw.view(torch.int64).view(ROWS, -1, 128)
-        self._pieces: dict[tuple[torch.dtype, int], tuple[Sequence[Tensor], list[memoryview]]] = {}
-        self._results: dict[tuple[torch.dtype, int], tuple[Tensor, memoryview]] = {}
+    def __init__(self, count: int) -> None:
+        self.sums = [memoryview(bytearray(SUMS)) for _ in range(count)]
+        self._pieces: list[memoryview] = [memoryview(b"")] * count
+        self._out = memoryview(bytearray(PIECE * 4))  # a bfloat16 may become a float64
 
-    def pieces(self, dtype: torch.dtype, size: int, padded: bool) -> tuple[Sequence[Tensor], list[memoryview], Tensor]:
-        """Where a piece of ``size`` bytes of each of some ingredients goes: as tensors, as bytes, and for checksums."""
-        if padded and size < PIECE:
-            self._raw[:, size:] = 0
-        if (dtype, size) not in self._pieces:
-            raw = self._raw[:, :size]
-            self._pieces[dtype, size] = raw.view(dtype).unbind(), [row.numpy().data for row in raw]
-        return *self._pieces[dtype, size], self._matrix
+    def rows(self, size: int) -> list[memoryview]:
+        """Where a piece of ``size`` bytes of each ingredient goes."""
+        if len(self._pieces[0]) < size:
+            self._pieces = [memoryview(bytearray(size)) for _ in self._pieces]
+        return [piece[:size] for piece in self._pieces]
 
-    def result(self, dtype: torch.dtype, count: int) -> tuple[Tensor, memoryview]:
-        """Where the ``count`` numbers of a result go, and their bytes."""
-        if (dtype, count) not in self._results:
-            raw = self._out[: count * dtype.itemsize]
-            self._results[dtype, count] = raw.view(dtype), raw.numpy().data
-        return self._results[dtype, count]
+    def result(self, size: int) -> memoryview:
+        """Where ``size`` bytes of a result go."""
+        return self._out[:size]
+
+
+def _threads() -> int:
+    """How many cores to use: as many as torch would."""
+    if torch := sys.modules.get("torch"):
+        return int(torch.get_num_threads())
+    wished = os.environ.get("OMP_NUM_THREADS", "")
+    return int(wished) if wished.isdecimal() and int(wished) else len(os.sched_getaffinity(0))
+
+
+def _set_torch_threads(threads: int) -> None:
+    """How many threads torch uses for an operation, if it is used at all."""
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(threads)

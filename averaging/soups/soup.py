@@ -143,8 +143,6 @@ class Soup:
 
     def cook(self, progress: Progress | None = None) -> Mapping[str, Tensor]:
         """Compute the soup and write it, if it has an output."""
-        import torch
-
         from averaging.soups.engine import Mixer
 
         held = self.ingredients[-1].entries.keys()
@@ -176,6 +174,8 @@ class Soup:
             checksums.extend(mixer.checksums())
 
         if self.output is None:
+            import torch
+
             shapes = {name: entry.shape for name, entry in self.model.entries.items()}
             soup = {name: torch.empty(shapes[name], dtype=getattr(torch, self.dtypes[name])) for name in shapes}
             views = {name: tensor.reshape(-1).view(torch.uint8).numpy().data for name, tensor in soup.items()}

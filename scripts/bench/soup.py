@@ -5,7 +5,7 @@
 Writes `count` sharded bf16 checkpoints of about 0.9 GB into the folder, then takes turns, and prints medians of wall
 seconds and of peak resident memory. mergekit takes part when its command `mergekit-yaml` is
 on the PATH (it pins old versions of other packages: give it a virtual environment of its own). The start-up is
-that of a process that imports torch and does nothing.
+that of `soup --version`, and for the peers that of a process that imports torch and does nothing.
 """
 
 from __future__ import annotations
@@ -101,7 +101,8 @@ def main() -> None:
     limit = f"cat {folder}/checkpoint-*/*.safetensors >/dev/null; cat {first}/*.safetensors >{folder}/copy"
     commands = {
         "limit: cat inputs, write output": ["bash", "-c", limit],
-        "start-up: import torch": [sys.executable, "-c", "import torch"],
+        "start-up of soup": [sys.executable, "-m", "averaging.cli", "--version"],
+        "start-up of the peers: import torch": [sys.executable, "-c", "import torch"],
         "soup": [sys.executable, "-m", "averaging.cli", str(folder), "-o", str(folder / "soup"), "-q"],
         "load everything": [sys.executable, "-c", LOAD_EVERYTHING, str(folder), str(folder / "all.safetensors")],
     }
@@ -120,10 +121,11 @@ def main() -> None:
                 (folder / output).unlink(missing_ok=True)
             taken[name].append(run(command, env))
     seconds = {name: statistics.median(t for t, _ in runs[1:]) for name, runs in taken.items()}
-    bound, start = seconds["limit: cat inputs, write output"], seconds["start-up: import torch"]
+    bound = seconds["limit: cat inputs, write output"]
     print(f"{options.count} checkpoints of {sum(f.stat().st_size for f in first.iterdir()) / 1e9:.2f} GB")
     print("\n| | seconds | besides start-up, × limit | peak MB |\n|---|---:|---:|---:|")
     for name, runs in taken.items():
+        start = seconds["start-up of soup" if name == "soup" else "start-up of the peers: import torch"]
         extra = "" if name.startswith(("limit", "start")) else f"{(seconds[name] - start) / bound:.2f}"
         print(f"| {name} | {seconds[name]:.2f} | {extra} | {max(m for _, m in runs):.0f} |")
 

@@ -1,0 +1,9 @@
+from collections.abc import Sequence
+
+Rows = Sequence[memoryview]
+
+def combine(
+    rows: Rows, source: int, coefficients: Sequence[float] | None, divisor: float, out: memoryview, target: int
+) -> bool: ...
+def products(rows: Rows, source: int, total: memoryview) -> None: ...
+def sums(piece: memoryview, start: int, out: memoryview) -> None: ...
