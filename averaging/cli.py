@@ -37,6 +37,7 @@ Average the weights of saved checkpoints.
   soup inspect a/ b/ --init base/        norms, cosines between task vectors, distances to the mean
   soup runs/ --sweep window=1,2,5,10 --evaluate my_module:validation_loss
                                          the best of many averages
+  soup --recipe soup.yaml                what a file says; --recipe out/soup.json -o again/: the same soup again
 """
 EPILOG = """\
 A checkpoint is a Hugging Face model folder, a PEFT adapter folder, a .safetensors file, a Lightning .ckpt, or a torch
@@ -68,7 +69,14 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         prog="soup", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    p.add_argument("paths", nargs="+", metavar="PATH", help="checkpoints, or a folder of checkpoints")
+    p.add_argument("paths", nargs="*", metavar="PATH", help="checkpoints, or a folder of checkpoints")
+    p.add_argument(
+        "--recipe",
+        metavar="FILE",
+        help="take these options from a YAML file, except those given here; or cook the soup of a record, soup.json, "
+        "again",
+    )
+    p.set_defaults(layers=[])  # a recipe's
     p.add_argument("-o", "--output", metavar="OUT", help="where to write (default for one folder: FOLDER/soup)")
     choice = p.add_argument_group("which checkpoints")
     choice.add_argument("--last", type=int, metavar="K", help="only the K newest")
@@ -169,7 +177,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     words = sys.argv[1:] if arguments is None else list(arguments)
     inspecting = words[:1] == ["inspect"]
-    options = inspect_parser().parse_args(words[1:]) if inspecting else parser().parse_args(words)
+    grammar = inspect_parser() if inspecting else parser()
+    options = grammar.parse_args(words[inspecting:])
+    if not options.paths and options.recipe is None:
+        grammar.error("name checkpoints, or a folder of checkpoints, or a --recipe")
     try:
         with _warnings_as_lines():
             if inspecting:
@@ -195,14 +206,19 @@ def _inspect(options: argparse.Namespace) -> None:
 
 def _run(options: argparse.Namespace) -> None:
     began = time.monotonic()
-    if options.sweep:
-        _sweep(options)
-        return
-    if options.method in SEARCHES:
-        _search(options)
-        return
-    _refuse(options, "a soup without --sweep, --method greedy or ranked", *EVALUATING)
-    soup = _soup(options)
+    if options.recipe is not None and _is_record(options.recipe):
+        soup = _again(options)
+    else:
+        if options.recipe is not None:
+            _take_recipe(options)
+        if options.sweep:
+            _sweep(options)
+            return
+        if options.method in SEARCHES:
+            _search(options)
+            return
+        _refuse(options, "a soup without --sweep, --method greedy or ranked", *EVALUATING)
+        soup = _soup(options)
     if options.dry_run:
         print(_describe(soup))
         return
@@ -317,6 +333,39 @@ def _function(text: str) -> Callable[[Checkpoint], float]:
     return function
 
 
+def _is_record(path: str) -> bool:
+    from averaging.checkpoints.files import read_json
+    from averaging.soups.recorded import is_record
+
+    return Path(path).suffix == ".json" and is_record(read_json(Path(path)))
+
+
+def _again(options: argparse.Namespace) -> Soup:
+    from averaging.soups.recorded import Recorded
+
+    own = {action.dest for action in parser()._actions} - {"recipe", "output", "force", "dry_run", "quiet", "debug"}
+    _refuse(options, "the record of a soup, which is cooked as it was", *(n for n in own if getattr(options, n, None)))
+    if options.output is None:
+        raise ValueError("say where to write the soup of a record with -o OUT")
+    return Recorded(options.recipe, options.output, force=options.force)
+
+
+def _take_recipe(options: argparse.Namespace) -> None:
+    """Put the recipe that the options name in the place of those that were not given."""
+    from averaging.recipe import read
+
+    values, options.layers = read(options.recipe, parser())
+    for name, value in values.items():
+        given = getattr(options, name)
+        if given is None or given is False or given == []:
+            setattr(options, name, value)
+    if not options.paths:
+        raise ValueError(f"{options.recipe} has no ingredients, and no PATH was given")
+    if options.layers and (options.sweep or options.post_hoc or options.method in SEARCHES):
+        raise ValueError(f"{options.recipe}: layers have no meaning for --sweep, --post-hoc and searches")
+    sys.path.insert(0, os.path.abspath(os.path.dirname(options.recipe)))  # the function that --evaluate names
+
+
 def _soup(options: argparse.Namespace) -> Soup:
     from averaging.checkpoints import gather, select
     from averaging.soups.ema import EMA
@@ -349,7 +398,18 @@ def _soup(options: argparse.Namespace) -> Soup:
             raise ValueError(f"--method wise-ft takes a single fine-tuned model, not {len(ingredients)}")
         ingredients = ingredients[0]
     soups = {"uniform": Uniform, "wise-ft": WiseFT, "task": Task, "slerp": Slerp, "model-stock": ModelStock, "ema": EMA}
-    return cast("Callable[..., Soup]", soups[method])(ingredients, _output(options), **own, **choices)
+    make = cast("Callable[..., Soup]", soups[method])
+    soup = make(ingredients, _output(options), **own, **choices)
+    for layer in options.layers:
+        if wrong := layer.options.keys() - (set(METHODS[method]) - {"init"}):
+            raise ValueError(f"{layer.place}: {min(wrong)} is nothing that a layer can have of its own with {method}")
+        try:
+            soup.vary(layer.pattern, make(ingredients, **{**own, **layer.options}, **choices))
+        except ValueError as error:
+            raise ValueError(f"{layer.place}: {error}") from error
+    if options.layers:
+        soup.facts["layers"] = {layer.pattern: layer.options for layer in options.layers}
+    return soup
 
 
 def _refuse(options: argparse.Namespace, what: str, *names: str) -> None:

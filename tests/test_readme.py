@@ -193,6 +193,8 @@ def checkpoints(tmp_path, monkeypatch):
     Path("evaluation.py").write_text("def loss(weights): return sum(float(w.sum()) for w in weights.values())")
     Path("metric.py").write_text("print(len(__import__('sys').argv[1]))")
     monkeypatch.setattr(sys, "path", [*sys.path])
+    Path("soup.yaml").write_text(blocks("yaml")["Recipes"])
+    assert soup(["ft-a", "ft-b", "-o", "made", "-q"]) == 0
     for step in range(100, 2100, 100):
         trajectory.update(model, step)
         ema.update(model, step)

@@ -438,7 +438,7 @@ def test_the_options_are_frozen():
         "-h", "--help", "--version", "-o", "--output", "--last", "--every", "--weights", "--like", "--dtype",
         "--post-hoc", "--at", "--sweep", "--evaluate", "--metric", "--method", "--init", "--alpha", "--scale", "--eta",
         "--decay", "--only", "--skip", "--top", "--evaluate-command", "--minimize", "--maximize", "--plot",
-        "--allow-nonfinite", "--dry-run", "--force", "-q", "--quiet", "--debug",
+        "--recipe", "--allow-nonfinite", "--dry-run", "--force", "-q", "--quiet", "--debug",
     }  # fmt: skip
 
 

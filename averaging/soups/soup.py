@@ -84,6 +84,7 @@ class Soup:
         self.init = None if init is None else initial(init, models)
         self.method, self.facts, self.twins = method, dict(facts or {}), twins
         self.formula, self.allow_nonfinite = formula, allow_nonfinite
+        self.layers: list[tuple[re.Pattern[str], Soup]] = []
         if formula is not None and allow_nonfinite:
             raise ValueError(
                 f"{method} measures the weights, which NaN and infinity would spoil; leave out "
@@ -100,6 +101,8 @@ class Soup:
             like = self.ingredients[-1] if like is None else like
             self.ingredients = [narrowed(ingredient, only, skip) for ingredient in self.ingredients]
             self.facts |= {"only": only, "skip": skip}
+        if allow_nonfinite:
+            self.facts["allow_nonfinite"] = True
         check_alike(self.ingredients)
         self.model = self.ingredients[-1]
         if template := find_template(self.ingredients, like):
@@ -115,28 +118,53 @@ class Soup:
         if output is not None:
             self.output = Output(output, self.model, self.ingredients, self.dtypes, converted=self.dtype, force=force)
 
+    def vary(self, pattern: str, other: Soup) -> None:
+        """Combine the tensors in whose names ``pattern`` is found as ``other`` would, a soup of the same ingredients.
+
+        Raises:
+            ValueError: it is no regular expression, or is found in no name that no earlier pattern is found in.
+        """
+        found = compiled("the pattern ", pattern)
+        if not any(found.search(name) and self._of(name) is self for name in self.ingredients[-1].entries):
+            earlier = " that no earlier pattern is found in" if self.layers else ""
+            raise ValueError(f"the pattern {pattern!r} is found in the name of no tensor{earlier}")
+        self.layers.append((found, other))
+
     @property
     def coefficients(self) -> list[float] | None:
         """What each ingredient is multiplied by, if that is the same in all tensors."""
-        if self.formula is not None or self.by_tensor is not None:
+        if self.formula is not None or self.by_tensor is not None or self.layers:
             return None
-        return [weight / self.divisor for weight in self.weights or [1.0] * len(self.ingredients)]
+        return self._shares
 
     def record(
         self, measured: Mapping[str, Sequence[float]] | None = None, checksums: Sequence[str] | None = None
     ) -> dict[str, Any]:
-        """The provenance of the soup. Without checksums it has the length that it will have with them."""
+        """The provenance of the soup, from which `averaging.soups.recorded` cooks it again.
+
+        Without checksums it has the length that it will have with them.
+        """
         checksums = checksums or ["piecesums-sha256:" + "0" * 64] * len(self.ingredients)
+        weights = self.weights or [1.0] * len(self.ingredients)
         shares: Sequence[float | None] = self.coefficients or [None] * len(self.ingredients)
         return {
             "method": self.method,
             **self.facts,
             "ingredients": [
-                {"path": str(ingredient.path), "step": ingredient.step, "coefficient": share, "checksum": checksum}
-                for ingredient, share, checksum in zip(self.ingredients, shares, checksums, strict=True)
+                {
+                    "path": os.path.abspath(ingredient.path),
+                    "step": ingredient.step,
+                    "coefficient": share,
+                    # Multiplied by the weight and divided by the divisor, the last bit may differ.
+                    **({"weight": weight} if measured is None else {}),
+                    "checksum": checksum,
+                }
+                for ingredient, share, weight, checksum in zip(
+                    self.ingredients, shares, weights, checksums, strict=True
+                )
             ],
-            **({"coefficients": dict(measured)} if measured is not None else {}),
-            "like": None if self.model is self.ingredients[-1] else str(self.model.path),
+            **({"divisor": self.divisor} if measured is None else {"coefficients": measured}),
+            "like": None if self.model is self.ingredients[-1] else os.path.abspath(self.model.path),
             "dtype": self.dtype or "as the ingredients",
             "versions": {package: _version(package) for package in ("averaging", "torch", "safetensors")},
         }
@@ -147,18 +175,16 @@ class Soup:
 
         held = self.ingredients[-1].entries.keys()
         checksums: list[str] = []
-        measured: Mapping[str, Sequence[float]] | None = self.by_tensor
-        if self.formula is not None:
-            measured = self._measure(self.formula, progress)
-            if progress is not None:
-                progress = _second_half(progress)
+        measured = self._measure(progress)
+        if self.formula is not None and progress is not None:
+            progress = _second_half(progress)
         coefficients = self.weights if measured is None else measured
 
         def mix(sink: Any, groups: Sequence[Sequence[str]]) -> Iterator[int]:
             mixer = Mixer(
                 self.ingredients,
                 coefficients,
-                self.divisor,
+                self.divisor if measured is None else 1.0,
                 self.dtypes,
                 sink,
                 allow_nonfinite=self.allow_nonfinite,
@@ -185,7 +211,7 @@ class Soup:
 
             for _ in mix(keep, [list(soup)]):
                 pass
-            self._warn_of_twins(checksums)
+            self._judge(checksums)
             return soup
         with self.output.writing(self.record(measured)) as writing, ThreadPoolExecutor(1) as flusher:
             groups = [list(file.tensors) for file in self.output.files]
@@ -193,19 +219,37 @@ class Soup:
             flushed = [flusher.submit(writing.sync, number) for number in mix(writing.sink, groups)]
             for future in flushed:
                 future.result()
-            self._warn_of_twins(checksums)
+            self._judge(checksums)
             writing.finish(self.record(measured, checksums))
         return Checkpoint(self.output.path)
 
-    def _measure(self, formula: Formula, progress: Progress | None) -> dict[str, list[float]]:
-        """The coefficients of all ingredients in each floating-point tensor."""
-        from averaging.soups.engine import Gram
+    def _measure(self, progress: Progress | None) -> Mapping[str, Sequence[float]] | None:
+        """The coefficients of all ingredients in each floating-point tensor, if they are not the same in all."""
+        from averaging.soups.engine import AVERAGED, Gram
 
-        halved = None if progress is None else lambda done, total: progress(done, 2 * total)
-        products = Gram(self.ingredients, halved).measure()
-        return {name: with_init(formula([row[1:] for row in gram[1:]])) for name, gram in products.items()}
+        if self.formula is not None:
+            halved = None if progress is None else lambda done, total: progress(done, 2 * total)
+            by_tensor = {}
+            for name, gram in Gram(self.ingredients, halved).measure().items():
+                formula = self._of(name).formula
+                assert formula is not None  # all are of one method
+                by_tensor[name] = with_init(formula([row[1:] for row in gram[1:]]))
+            return by_tensor
+        if self.layers:
+            entries = self.ingredients[-1].entries
+            return {name: self._of(name)._shares for name in entries if entries[name].dtype in AVERAGED}
+        return self.by_tensor
 
-    def _warn_of_twins(self, checksums: Sequence[str]) -> None:
+    @property
+    def _shares(self) -> list[float]:
+        return [weight / self.divisor for weight in self.weights or [1.0] * len(self.ingredients)]
+
+    def _of(self, name: str) -> Soup:
+        """The soup as which the tensor ``name`` is combined."""
+        return next((other for pattern, other in self.layers if pattern.search(name)), self)
+
+    def _judge(self, checksums: Sequence[str]) -> None:
+        """Warn of ingredients that are the same."""
         seen: dict[str, Checkpoint] = {}
         for ingredient, checksum in zip(self.ingredients, checksums if self.twins else (), strict=self.twins):
             twin = seen.setdefault(checksum, ingredient)
@@ -269,21 +313,24 @@ def initial(init: PathLike, models: Sequence[Checkpoint]) -> Checkpoint:
 
 def narrowed(ingredient: Checkpoint, only: str | None, skip: str | None) -> Checkpoint:
     """``ingredient`` with the tensors whose names match ``only`` and do not match ``skip``."""
-    patterns: dict[str, re.Pattern[str]] = {}
-    for what, text in (("only", only), ("skip", skip)):
-        try:
-            patterns[what] = re.compile(text or "")
-        except re.error as error:
-            raise ValueError(f"{what}={text!r} is not a regular expression: {error}") from error
+    wanted, unwanted = compiled("only=", only or ""), compiled("skip=", skip or "")
     narrowed = copy.copy(ingredient)
     narrowed.entries = {
         name: entry
         for name, entry in ingredient.entries.items()
-        if patterns["only"].search(name) and not (skip is not None and patterns["skip"].search(name))
+        if wanted.search(name) and not (skip is not None and unwanted.search(name))
     }
     if not narrowed.entries:
         raise ValueError(f"only={only!r} and skip={skip!r} leave none of the tensors in {ingredient.path}")
     return narrowed
+
+
+def compiled(what: str, pattern: str) -> re.Pattern[str]:
+    """``pattern``; ``what`` names it in the ValueError raised if it is no regular expression."""
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{what}{pattern!r} is not a regular expression: {error}") from error
 
 
 def _second_half(progress: Progress) -> Progress:
