@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import random
-import subprocess
-import sys
 from collections import UserDict, namedtuple
 from contextlib import nullcontext
 
@@ -369,36 +367,3 @@ def test_a_compiled_model():
     compiled = torch.compile(model, backend="eager")
     recalibrate(compiled, batches(2))
     assert_same(buffers(model), buffers(expected))
-
-
-WORKER = """
-import sys
-import torch
-from torch import distributed, nn
-from averaging import recalibrate
-
-folder, rank = sys.argv[1], int(sys.argv[2])
-distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-torch.manual_seed(0)
-model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3), nn.BatchNorm1d(3))
-data = torch.randn(8, 32, 4, generator=torch.Generator().manual_seed(1))
-wrapped = nn.parallel.DistributedDataParallel(model)
-recalibrate(wrapped, list(data[:3] if rank == 0 else data[3:]))
-torch.save(model.state_dict(), f"{folder}/{rank}.pt")
-if rank == 0:
-    reference = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3), nn.BatchNorm1d(3))
-    reference.load_state_dict(model.state_dict())
-    torch.optim.swa_utils.update_bn(list(data), reference)
-    torch.save(reference.state_dict(), f"{folder}/reference.pt")
-distributed.destroy_process_group()
-"""
-
-
-def test_two_processes_combine_their_statistics(tmp_path):
-    """One has 3 batches, the other 5: the result is the mean over all 8."""
-    workers = [subprocess.Popen([sys.executable, "-c", WORKER, str(tmp_path), str(rank)]) for rank in range(2)]
-    assert [worker.wait(timeout=200) for worker in workers] == [0, 0]
-    first, second, reference = (torch.load(tmp_path / f"{name}.pt") for name in ("0", "1", "reference"))
-    assert_same(first, second)
-    assert_close(first, reference)
-    assert int(first["1.num_batches_tracked"]) == 8

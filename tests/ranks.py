@@ -1,0 +1,42 @@
+"""Run a function on two processes under torchrun, and bring back what it returned on each.
+
+first, second = on_two_ranks("ddp_runs:with_lightning", tmp_path)
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed
+
+
+def on_two_ranks(target: str, folder: Path) -> list[Any]:
+    """What ``module:function`` returns for ``folder`` on rank 0 and on rank 1: tensors, and what holds them."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.run(
+        [*command, __file__, target, str(folder)], capture_output=True, text=True, timeout=200, env=environment
+    )
+    results = [folder / f"rank-{rank}.pt" for rank in range(2)]
+    # Judged by what the ranks wrote: gloo sometimes aborts at exit.
+    assert all(result.exists() for result in results), run.stdout[-3000:] + run.stderr[-9000:]
+    return [torch.load(result) for result in results]
+
+
+def main(target: str, folder: str) -> None:
+    module, function = target.split(":")
+    result = getattr(importlib.import_module(module), function)(Path(folder))
+    torch.save(result, Path(folder) / f"rank-{os.environ['RANK']}.pt")
+    if distributed.is_initialized():
+        distributed.barrier()
+        distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
