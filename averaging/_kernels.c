@@ -21,8 +21,12 @@
 #define INLINE static inline
 #endif
 /* One copy for each level of vector instructions; the loader picks. */
-#if defined(__GNUC__) && defined(__x86_64__) && defined(__linux__)
+#if !defined(__x86_64__) || !defined(__GLIBC__)
+#define VECTORISED
+#elif !defined(__clang__) && __GNUC__ >= 12
 #define VECTORISED __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#elif !defined(__clang__) || __clang_major__ >= 14
+#define VECTORISED __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define VECTORISED
 #endif
