@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import itertools
 import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO, cast, get_args
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO, cast, get_args
 
 from averaging import __version__
 from averaging.decay import Decay
@@ -32,6 +34,8 @@ Average the weights of saved checkpoints.
                                          between a model and what it was fine-tuned to
   soup a/ b/ --method slerp --init base/ -o out/
                                          task vectors, merged on the sphere
+  soup a/ b/ --method warp --init sft/ --eta 0:1:0.1 -o out/
+                                         the same, and back towards sft/: out/eta-0, out/eta-0.1, ...
   soup a/ b/ c/ --method greedy --evaluate my_module:validation_loss -o out/
                                          those that do not make it worse
   soup inspect a/ b/ --init base/        norms, cosines between task vectors, distances to the mean
@@ -53,20 +57,32 @@ METHODS: dict[str, tuple[str, ...]] = {
     "wise-ft": ("init", "alpha"),
     "task": ("init", "weights", "scale"),
     "slerp": ("init", "weights", "eta"),
+    "warp": ("init", "slerp_weights", "eta"),
+    "rewarded": ("lambda",),
     "model-stock": ("init",),
     "ema": ("decay",),
     "greedy": (),
     "ranked": ("top",),
 }
+COEFFICIENTS = ("alpha", "scale", "eta", "lambda")
+MOST = 1000  # values in a range
+ARGUMENTS = {"lambda": "share", "slerp_weights": "weights"}  # what some options are called in Python
 SEARCHES = ("greedy", "ranked")
 EVALUATING = ("evaluate", "evaluate_command", "metric", "best", "plot")
 OWN = sorted({name for names in METHODS.values() for name in names})
 CHOICES = ("like", "dtype", "allow_nonfinite", "only", "skip")
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are a single line, as all others of the command."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line's grammar."""
-    p = argparse.ArgumentParser(
+    p = _Parser(
         prog="soup", description=DESCRIPTION, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     p.add_argument("paths", nargs="*", metavar="PATH", help="checkpoints, or a folder of checkpoints")
@@ -90,13 +106,36 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--method", choices=METHODS, help="uniform (default), or what the next options describe")
     result.add_argument("--init", metavar="BASE", help="the model that the others were fine-tuned from")
     result.add_argument(
-        "--alpha", type=float, help="wise-ft: (1 - alpha) BASE + alpha PATH, between 0 and 1 (default 0.5)"
+        "--alpha",
+        type=_values,
+        metavar="X",
+        help="wise-ft: (1 - alpha) BASE + alpha PATH, between 0 and 1 (default 0.5). Of this and the next three, "
+        "0:1:0.1 or 0,0.3,1 writes a model for each value into OUT or, with --evaluate, the best",
     )
     result.add_argument(
-        "--scale", type=float, help="task: BASE + scale times the sum of the task vectors PATH - BASE (default 1)"
+        "--scale",
+        type=_values,
+        metavar="X",
+        help="task: BASE + scale times the sum of the task vectors PATH - BASE (default 1)",
     )
     result.add_argument(
-        "--eta", type=float, help="slerp: how far from BASE to the merged model to go, between 0 and 1 (default 1)"
+        "--eta",
+        type=_values,
+        metavar="X",
+        help="slerp, warp: how far from BASE to the merged model to go, between 0 and 1 (default 1, warp 0.3)",
+    )
+    result.add_argument(
+        "--lambda",
+        type=_values,
+        metavar="X",
+        help="rewarded: (1 - lambda) PATH1 + lambda PATH2, between 0 and 1 (default 0.5)",
+    )
+    result.add_argument(
+        "--slerp-weights",
+        nargs="+",
+        type=_numbers,
+        metavar="W",
+        help="warp: the share of each in the merged model, after the paths or as W,W,... (default: all alike)",
     )
     result.add_argument("--top", type=int, metavar="N", help="ranked: how many of the best (greedy: all that help)")
     result.add_argument("--decay", type=float, help="ema: the decay per optimizer step")
@@ -148,7 +187,7 @@ def parser() -> argparse.ArgumentParser:
         nargs="?",
         const="",
         metavar="FILE.png",
-        help="draw what was explored; last of all or with FILE (default: OUT.sweep.png, OUT.greedy.png; or .pdf, .svg)",
+        help="draw what was explored; last of all or with FILE, .png, .pdf or .svg (default: such as OUT.sweep.png)",
     )
     run = p.add_argument_group("the run")
     run.add_argument("--dry-run", action="store_true", help="print what would be read and written, and stop")
@@ -161,7 +200,7 @@ def parser() -> argparse.ArgumentParser:
 
 def inspect_parser() -> argparse.ArgumentParser:
     """The grammar of ``soup inspect``."""
-    p = argparse.ArgumentParser(
+    p = _Parser(
         prog="soup inspect",
         description="Print norms, cosines between task vectors and distances to the mean, for all and by layer.",
     )
@@ -205,9 +244,11 @@ def _inspect(options: argparse.Namespace) -> None:
 
 
 def _run(options: argparse.Namespace) -> None:
+    from averaging.soups.soup import cook_all
+
     began = time.monotonic()
     if options.recipe is not None and _is_record(options.recipe):
-        soup = _again(options)
+        soups = [_again(options)]
     else:
         if options.recipe is not None:
             _take_recipe(options)
@@ -217,19 +258,25 @@ def _run(options: argparse.Namespace) -> None:
         if options.method in SEARCHES:
             _search(options)
             return
-        _refuse(options, "a soup without --sweep, --method greedy or ranked", *EVALUATING)
-        soup = _soup(options)
+        varied = [name for name in COEFFICIENTS if isinstance(getattr(options, name), list)]
+        if varied and (options.evaluate or options.evaluate_command):
+            _curve(options, varied[0])
+            return
+        what = f"--{varied[0]} without --evaluate or --evaluate-command" if varied else "a soup without a search"
+        _refuse(options, what, *EVALUATING)
+        soups = _series(options, varied[0]) if varied else [_soup(options)]
     if options.dry_run:
-        print(_describe(soup))
+        print("\n".join(map(_describe, soups)))
         return
     with _bar(hidden=options.quiet) as progress:
-        soup.cook(progress)
-    assert soup.output is not None
+        cook_all(soups, progress)
     if not options.quiet:
         seconds = time.monotonic() - began
-        what = "average" if soup.method == "uniform" else soup.method
-        count = len(soup.ingredients) - (soup.init is not None)
-        print(f"{soup.output.path}: {what} of {count}, {size(soup.output.nbytes)}, {seconds:.1f} s")
+        for soup in soups:
+            assert soup.output is not None
+            what = "average" if soup.method == "uniform" else soup.method
+            count = len(soup.ingredients) - (soup.init is not None)
+            print(f"{soup.output.path}: {what} of {count}, {size(soup.output.nbytes)}, {seconds:.1f} s")
 
 
 def _sweep(options: argparse.Namespace) -> None:
@@ -301,7 +348,51 @@ def _search(options: argparse.Namespace) -> None:
         print(f"{output}: {options.method} soup of {kept} out of {len(models)}, {result.metric:.6g}, {seconds:.1f} s")
 
 
-def _evaluating(options: argparse.Namespace, what: str) -> Callable[[str | Path], dict[str, Any]]:
+def _series(options: argparse.Namespace, coefficient: str) -> list[Soup]:
+    """A soup for each value of the coefficient."""
+    from averaging.soups.curve import Family
+
+    if options.output is None:
+        raise ValueError(f"say with -o OUT into which folder the models for each value of --{coefficient} go")
+    method, paths, values, settings = _along(options, coefficient)
+    return Family(method, paths, values, **settings).soups(options.output)
+
+
+def _curve(options: argparse.Namespace, coefficient: str) -> None:
+    from averaging.soups.curve import Family, curve
+
+    began = time.monotonic()
+    evaluating, output = _evaluating(options, f"--{coefficient}"), options.output
+    method, paths, values, settings = _along(options, coefficient)
+    plot = _plot(options, output, "curve")
+    if options.dry_run:
+        planned = Family(method, paths, values, **settings).values
+        print(f"{coefficient} {', '.join(f'{value:.10g}' for value in planned)}")
+        print(f"{len(values)} soups to evaluate" + (f"; the best to {output}" if output else ""))
+        return
+    with _counter(hidden=options.quiet) as progress:
+        settings |= {"output": output, "plot": plot, "progress": progress, **evaluating(output)}
+        result = curve(method, paths, values, **settings)
+    if not options.quiet:
+        print(result.table())
+        if output is not None and result.best is not None:
+            best, seconds = f"{coefficient} {result.best.value:.10g}", time.monotonic() - began
+            print(f"{output}: {best}, best of {len(values)}, {seconds:.1f} s")
+
+
+def _along(options: argparse.Namespace, coefficient: str) -> tuple[str, list[Checkpoint], list[float], dict[str, Any]]:
+    """Method, ingredients, values of the coefficient, and the other arguments."""
+    from averaging.checkpoints import gather, select
+
+    if options.layers:
+        raise ValueError(f"{options.recipe}: layers have no meaning for a range of --{coefficient}")
+    method, own = _method(options)
+    values = own.pop(ARGUMENTS.get(coefficient, coefficient))
+    own |= {name: getattr(options, name) for name in (*CHOICES, "force")}
+    return method, select(gather(options.paths), options.last, options.every), values, own
+
+
+def _evaluating(options: argparse.Namespace, what: str) -> Callable[[str | Path | None], dict[str, Any]]:
     """What a search takes that writes to a certain output: how soups are evaluated, and where results are kept."""
     from averaging.soups.evaluation import Command, Evaluate
 
@@ -312,7 +403,7 @@ def _evaluating(options: argparse.Namespace, what: str) -> Callable[[str | Path]
         )
     evaluate: Evaluate = Command(options.evaluate_command) if options.evaluate is None else _function(options.evaluate)
     choices = {"evaluate": evaluate, "metric": options.metric, "best": options.best or "min"}
-    return lambda output: {**choices, "cache": f"{Path(output)}.evaluations.json"}
+    return lambda output: {**choices, "cache": None if output is None else f"{Path(output)}.evaluations.json"}
 
 
 def _function(text: str) -> Callable[[Checkpoint], float]:
@@ -371,9 +462,11 @@ def _soup(options: argparse.Namespace) -> Soup:
     from averaging.soups.ema import EMA
     from averaging.soups.model_stock import ModelStock
     from averaging.soups.post_hoc import rebuilding
+    from averaging.soups.rewarded import Rewarded
     from averaging.soups.slerp import Slerp
     from averaging.soups.task import Task
     from averaging.soups.uniform import Uniform
+    from averaging.soups.warp import Warp
     from averaging.soups.wise_ft import WiseFT
 
     choices = {name: getattr(options, name) for name in (*CHOICES, "force")}
@@ -385,31 +478,43 @@ def _soup(options: argparse.Namespace) -> Soup:
             raise ValueError("--post-hoc makes one average: give --at a single step")
         step = options.at[0] if options.at else None
         return rebuilding(options.paths[0], options.post_hoc, step, _output(options), **choices)
+    method, own = _method(options)
+    ingredients = select(gather(options.paths), options.last, options.every)
+    soups = {"uniform": Uniform, "wise-ft": WiseFT, "task": Task, "slerp": Slerp, "model-stock": ModelStock, "ema": EMA}
+    soups |= {"warp": Warp, "rewarded": Rewarded}
+    make = cast("Callable[..., Soup]", soups[method])
+    soup = make(ingredients, _output(options), **own, **choices)
+    for layer in options.layers:
+        if wrong := layer.options.keys() - (set(METHODS[method]) - {"init"}):
+            raise ValueError(f"{layer.place}: {min(wrong)} is nothing that a layer can have of its own with {method}")
+        if any(isinstance(layer.options.get(name), list) for name in COEFFICIENTS):
+            raise ValueError(f"{layer.place}: a layer has one coefficient, not a range")
+        try:
+            soup.vary(layer.pattern, make(ingredients, **{**own, **_arguments(layer.options)}, **choices))
+        except ValueError as error:
+            raise ValueError(f"{layer.place}: {error}") from error
+    if options.layers:
+        soup.facts["layers"] = {layer.pattern: layer.options for layer in options.layers}
+    return soup
+
+
+def _method(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """The method, and the arguments that are its own."""
     _refuse(options, "a soup without --post-hoc or --sweep", "at")
     method = options.method or "uniform"
     _refuse(options, f"--method {method}", *(name for name in OWN if name not in METHODS[method]))
     for needed in {"init", "decay"} & set(METHODS[method]):
         if getattr(options, needed) is None:
             raise ValueError(f"--method {method} needs --{needed}")
-    own = {name: getattr(options, name) for name in METHODS[method] if getattr(options, name) is not None}
-    ingredients: Any = select(gather(options.paths), options.last, options.every)
-    if method == "wise-ft":
-        if len(ingredients) != 1:
-            raise ValueError(f"--method wise-ft takes a single fine-tuned model, not {len(ingredients)}")
-        ingredients = ingredients[0]
-    soups = {"uniform": Uniform, "wise-ft": WiseFT, "task": Task, "slerp": Slerp, "model-stock": ModelStock, "ema": EMA}
-    make = cast("Callable[..., Soup]", soups[method])
-    soup = make(ingredients, _output(options), **own, **choices)
-    for layer in options.layers:
-        if wrong := layer.options.keys() - (set(METHODS[method]) - {"init"}):
-            raise ValueError(f"{layer.place}: {min(wrong)} is nothing that a layer can have of its own with {method}")
-        try:
-            soup.vary(layer.pattern, make(ingredients, **{**own, **layer.options}, **choices))
-        except ValueError as error:
-            raise ValueError(f"{layer.place}: {error}") from error
-    if options.layers:
-        soup.facts["layers"] = {layer.pattern: layer.options for layer in options.layers}
-    return soup
+    return method, _arguments({name: getattr(options, name) for name in METHODS[method]})
+
+
+def _arguments(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options that were given, as the functions take them."""
+    given = {ARGUMENTS.get(name, name): value for name, value in options.items() if value is not None}
+    if "slerp_weights" in options and "weights" in given:
+        given["weights"] = list(itertools.chain.from_iterable(given["weights"]))
+    return given
 
 
 def _refuse(options: argparse.Namespace, what: str, *names: str) -> None:
@@ -429,9 +534,11 @@ def _output(options: argparse.Namespace) -> str | Path:
     return folder / DEFAULT_OUTPUT
 
 
-def _plot(options: argparse.Namespace, output: str | Path, what: str) -> str | None:
+def _plot(options: argparse.Namespace, output: str | Path | None, what: str) -> str | None:
     """Where the picture goes, if one is wanted."""
-    return f"{Path(output)}.{what}.png" if options.plot == "" else cast("str | None", options.plot)
+    if options.plot == "" and output is None:
+        raise ValueError("--plot has no name to go by without -o OUT; name a file: --plot front.png")
+    return f"{Path(str(output))}.{what}.png" if options.plot == "" else cast("str | None", options.plot)
 
 
 def _describe(soup: Soup) -> str:
@@ -481,6 +588,32 @@ def _weights(text: str) -> list[float] | Decay:
         raise argparse.ArgumentTypeError(
             f"expected numbers separated by commas, or one of {', '.join(get_args(Decay))}, not {text!r}"
         ) from None
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(number) for number in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected numbers, not {text!r}") from None
+
+
+def _values(text: str) -> float | list[float]:
+    """A number; or several, V,V,... or FROM:TO:STEP, as near to their decimals as can be."""
+    try:
+        if ":" not in text:
+            numbers = _numbers(text)
+            return numbers if len(numbers) > 1 else numbers[0]
+        begin, end, step = map(Fraction, text.split(":"))
+        if not (begin <= end and step > 0):
+            raise ValueError
+    except (ValueError, ZeroDivisionError, argparse.ArgumentTypeError):
+        raise argparse.ArgumentTypeError(
+            f"expected a number, several as V,V,... or a range as FROM:TO:STEP, such as 0:1:0.1, not {text!r}"
+        ) from None
+    count = (end - begin) // step + 1
+    if count > MOST:
+        raise argparse.ArgumentTypeError(f"{text} is {count} values; expected {MOST} at most")
+    return [float(begin + i * step) for i in range(count)]
 
 
 def _explain(error: BaseException) -> str:

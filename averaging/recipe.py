@@ -108,7 +108,9 @@ def _parsed(action: argparse.Action, given: Value) -> Any:
         return action.const if value else None
     if isinstance(action, argparse._AppendAction):
         return [_through(kind, f"{name}={_joined(each)}", each) for name, each in _mapping(given).items()]
-    if action.nargs in ("*", "+"):
+    if action.nargs == "+":
+        return [_through(kind, _joined(given), given)]
+    if action.nargs == "*":
         texts = value if isinstance(value, list) else [value]
         demand(bool(texts) and all(isinstance(text, str) for text in texts), "text or a list of texts")
         return texts

@@ -186,11 +186,17 @@ def checkpoints(tmp_path, monkeypatch):
         "ft-c",
         "base",
     ):
-        llama().save_pretrained(folder)
+        fresh = llama()
+        with torch.no_grad():
+            fresh.lm_head.weight.mul_(sum(folder.encode()))  # not all alike
+        fresh.save_pretrained(folder)
     model, trajectory = llama(), averaging.Trajectory("runs/trajectory", every=100)
     ema = averaging.PostHocEMA("runs/ema", snapshots=100)
     # What the block under "Choose the average afterwards" is, with a model and its validation.
-    Path("evaluation.py").write_text("def loss(weights): return sum(float(w.sum()) for w in weights.values())")
+    Path("evaluation.py").write_text(
+        "def loss(weights): return sum(float(w.sum()) for w in weights.values())\n"
+        "def rewards(weights): return {'one': loss(weights), 'other': -loss(weights)}\n"
+    )
     Path("metric.py").write_text("print(len(__import__('sys').argv[1]))")
     monkeypatch.setattr(sys, "path", [*sys.path])
     Path("soup.yaml").write_text(blocks("yaml")["Recipes"])

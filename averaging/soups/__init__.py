@@ -1,29 +1,37 @@
 """Soups: averages of saved checkpoints. Importing this imports no torch."""
 
+from averaging.soups.curve import Curve, curve, series
 from averaging.soups.ema import ema
 from averaging.soups.greedy import Chosen, greedy, ranked
 from averaging.soups.inspection import Inspection, inspect
 from averaging.soups.model_stock import model_stock
 from averaging.soups.post_hoc import post_hoc
+from averaging.soups.rewarded import rewarded
 from averaging.soups.slerp import slerp
 from averaging.soups.sweep import Sweep, sweep
 from averaging.soups.task import task
 from averaging.soups.uniform import uniform
+from averaging.soups.warp import warp
 from averaging.soups.wise_ft import wise_ft
 
 __all__ = [
     "Chosen",
+    "Curve",
     "Inspection",
     "Sweep",
+    "curve",
     "ema",
     "greedy",
     "inspect",
     "model_stock",
     "post_hoc",
     "ranked",
+    "rewarded",
+    "series",
     "slerp",
     "sweep",
     "task",
     "uniform",
+    "warp",
     "wise_ft",
 ]

@@ -167,15 +167,25 @@ class _Pass:
                 )
 
 
+@dataclass(frozen=True, slots=True)
+class Mix:
+    """One linear combination of the ingredients, Σ cᵢ·xᵢ / divisor, and where it goes.
+
+    The coefficients are one per ingredient, or name → one per ingredient; ``None`` stands for ones.
+    """
+
+    coefficients: Sequence[float] | Mapping[str, Sequence[float]] | None
+    divisor: float
+    sink: Sink
+
+
 class Mixer(_Pass):
-    """Computes Σ cᵢ·xᵢ / divisor over ``ingredients`` for every tensor, in float64, rounded once.
+    """Computes one or more `Mix`es of ``ingredients`` for every tensor, in float64, rounded once.
 
     Args:
         ingredients: checkpoints with the same names, shapes and dtypes.
-        coefficients: one per ingredient, or name → one per ingredient; ``None`` stands for ones.
-        divisor: what the sum is divided by.
-        dtypes: name → dtype of the result.
-        sink: where the results go.
+        mixes: what is computed of each piece while it is in memory.
+        dtypes: name → dtype of the results.
         allow_nonfinite: accept NaN and infinity in the ingredients.
         progress: called from time to time.
 
@@ -188,19 +198,15 @@ class Mixer(_Pass):
     def __init__(
         self,
         ingredients: Sequence[Checkpoint],
-        coefficients: Sequence[float] | Mapping[str, Sequence[float]] | None,
-        divisor: float,
+        mixes: Sequence[Mix],
         dtypes: Mapping[str, str],
-        sink: Sink,
         *,
         allow_nonfinite: bool = False,
         progress: Progress | None = None,
     ) -> None:
         super().__init__(ingredients, progress)
-        self.coefficients = coefficients
-        self.divisor = divisor
+        self.mixes = mixes
         self.dtypes = dtypes
-        self.sink = sink
         self.allow_nonfinite = allow_nonfinite
         self._parts: dict[str, list[bytearray]] = {}
         self._digests: list[dict[str, bytes]] = [{} for _ in ingredients]
@@ -243,7 +249,9 @@ class Mixer(_Pass):
                 if tensor.averaged:
                     self._mix(own, tensor, at, rows, buffers)
                 else:
-                    self.sink(tensor.name, at, self._agree(tensor, rows))
+                    agreed = self._agree(tensor, rows)
+                    for mix in self.mixes:
+                        mix.sink(tensor.name, at, agreed)
             for digest, sums in zip(digests, buffers.sums, strict=True):
                 digest.update(sums)
         place = slice(start // (PIECE * TASK) * 32, (start // (PIECE * TASK) + 1) * 32)
@@ -257,13 +265,18 @@ class Mixer(_Pass):
     def _mix(self, own: Arithmetic, tensor: _Tensor, start: int, rows: Sequence[memoryview], buffers: _Buffers) -> None:
         dtype, dtype_out, size = tensor.sources[0].dtype, self.dtypes[tensor.name], len(rows[0])
         out = buffers.result(size * BITS[dtype_out] // BITS[dtype])
-        coefficients = self.coefficients[tensor.name] if isinstance(self.coefficients, Mapping) else self.coefficients
-        finite = own.combine(rows, dtype, coefficients, self.divisor, out, dtype_out)
-        # One bad number among the ingredients makes this sum bad; it may also just overflow.
-        if not finite and not self.allow_nonfinite and not as_tensor(out, dtype_out).isfinite().all():
-            self._find_nonfinite(tensor, start, size, buffers)
-            raise ValueError(f"tensor {tensor.name!r}: the average is too large for {dtype_out}; choose a wider dtype")
-        self.sink(tensor.name, start * BITS[dtype_out] // BITS[dtype], out)
+        for mix in self.mixes:
+            coefficients = mix.coefficients
+            if isinstance(coefficients, Mapping):
+                coefficients = coefficients[tensor.name]
+            finite = own.combine(rows, dtype, coefficients, mix.divisor, out, dtype_out)
+            # One bad number among the ingredients makes this sum bad; it may also just overflow.
+            if not finite and not self.allow_nonfinite and not as_tensor(out, dtype_out).isfinite().all():
+                self._find_nonfinite(tensor, start, size, buffers)
+                raise ValueError(
+                    f"tensor {tensor.name!r}: the average is too large for {dtype_out}; choose a wider dtype"
+                )
+            mix.sink(tensor.name, start * BITS[dtype_out] // BITS[dtype], out)
 
     def _agree(self, tensor: _Tensor, rows: Sequence[memoryview]) -> memoryview:
         """A piece that is not averaged: the same in all ingredients, or the last one's."""

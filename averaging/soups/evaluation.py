@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from averaging.atomic import replacing, staging_folder
 from averaging.checkpoints import Checkpoint
@@ -21,6 +21,7 @@ from averaging.checkpoints.files import open_regular, read_json
 if TYPE_CHECKING:
     from averaging.soups.soup import Soup
 
+T = TypeVar("T")
 Best = Literal["min", "max"]
 Evaluate = Callable[[Checkpoint], float | Mapping[str, float]]
 Progress = Callable[[int, int, str], None]
@@ -93,20 +94,32 @@ class Evaluation:
         Raises:
             ValueError: the evaluation raised, or returned something that is not a finite number.
         """
+        return self._value(make, what, self._number)
+
+    def several(self, make: Callable[..., Soup], what: str) -> dict[str, float]:
+        """All metrics of that soup by their names; a single number goes by that of the evaluation.
+
+        Raises:
+            ValueError: as above, for any of them.
+        """
+        return self._value(make, what, self._numbers)
+
+    def _value(self, make: Callable[..., Soup], what: str, check: Callable[[float | Mapping[str, float], str], T]) -> T:
+        """What ``check`` makes of the evaluation's value, which is known or asked for."""
         soup = make(output=self.target, force=True).cook()
         assert isinstance(soup, Checkpoint)
         if self.cache is None:
-            return self._number(self._ask(soup, what), what)
+            return check(self._ask(soup, what), what)
         key = f"{_name(self.evaluate)} {fingerprint(soup)}"
         if key not in self.known:
             value = self._ask(soup, what)
-            self._number(value, what)
+            check(value, what)
             self.known[key] = (
                 {name: float(v) for name, v in value.items()} if isinstance(value, Mapping) else float(value)
             )
             with replacing(self.cache) as temporary:
                 temporary.write_text(json.dumps(self.known, indent=1) + "\n", encoding="utf-8")
-        return self._number(self.known[key], what)
+        return check(self.known[key], what)
 
     def _ask(self, soup: Checkpoint, what: str) -> float | Mapping[str, float]:
         try:
@@ -123,15 +136,27 @@ class Evaluation:
             if name not in value:
                 raise ValueError(f"the evaluation returned no {name!r} for {what}, only {', '.join(names)}")
             value = value[name]
-        try:
-            number = float(value)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"the evaluation must return a number, not {value!r} for {what}") from error
-        if not math.isfinite(number):
-            raise ValueError(
-                f"the evaluation returned {number} for {what}; leave these checkpoints out, or return a number"
-            )
-        return number
+        return _finite(value, what)
+
+    def _numbers(self, value: float | Mapping[str, float], what: str) -> dict[str, float]:
+        if self.metric is not None or not isinstance(value, Mapping):
+            self._number(value, what)
+        named = value if isinstance(value, Mapping) else {title(self.evaluate, self.metric): value}
+        if not named:
+            raise ValueError(f"the evaluation returned no metric for {what}")
+        return {name: _finite(number, f"{what} ({name})" if len(named) > 1 else what) for name, number in named.items()}
+
+
+def _finite(value: float, what: str) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the evaluation must return a number, not {value!r} for {what}") from error
+    if not math.isfinite(number):
+        raise ValueError(
+            f"the evaluation returned {number} for {what}; leave these checkpoints out, or return a number"
+        )
+    return number
 
 
 @contextmanager
@@ -170,7 +195,7 @@ def fingerprint(checkpoint: Checkpoint) -> str:
 
 
 def title(evaluate: Evaluate, metric: str | None) -> str:
-    """What the metric is called in a picture."""
+    """What the metric is called in a table or picture."""
     name = "" if isinstance(evaluate, Command) else str(getattr(evaluate, "__name__", ""))
     return metric or (name if name.isidentifier() else "metric")
 

@@ -116,7 +116,7 @@ class Output:
         self.files = self._files(dtypes)
         self._check_place([*ingredients, model])
         self._check_existing(force)
-        self._check_room()
+        self.check_room()
 
     @property
     def nbytes(self) -> int:
@@ -172,6 +172,18 @@ class Output:
             and entry.is_file()
         ]
 
+    def check_room(self, copies: int = 1) -> None:
+        """Raise OSError if so many outputs like this one cannot be written here."""
+        parent = next(p for p in Path(os.path.realpath(self.path)).parents if p.exists())
+        if not parent.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "not a folder", str(parent))
+        if not os.access(parent, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, "no permission to write into", str(parent))
+        free = shutil.disk_usage(parent).free
+        needed = copies * self.nbytes
+        if free < needed:
+            raise OSError(errno.ENOSPC, f"not enough room: {needed:,} bytes needed, {free:,} free in", str(parent))
+
     def _files(self, dtypes: Mapping[str, str]) -> list[File]:
         model = self.model
         if model.kind in ("huggingface", "peft"):
@@ -218,16 +230,6 @@ class Output:
                 )
         elif self.path.exists() and not self.path.is_dir() and not self.path.is_file():
             raise FileExistsError(f"{self.path} is neither a file nor a folder; choose another place")
-
-    def _check_room(self) -> None:
-        parent = next(p for p in Path(os.path.realpath(self.path)).parents if p.exists())
-        if not parent.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, "not a folder", str(parent))
-        if not os.access(parent, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, "no permission to write into", str(parent))
-        free = shutil.disk_usage(parent).free
-        if free < self.nbytes:
-            raise OSError(errno.ENOSPC, f"not enough room: {self.nbytes:,} bytes needed, {free:,} free in", str(parent))
 
     def _copy_into(self, folder: Path) -> None:
         for source in self.copied():

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from averaging.soups.curve import Curve
     from averaging.soups.evaluation import Best
     from averaging.soups.greedy import Tried
     from averaging.soups.sweep import Cell
@@ -93,6 +94,44 @@ def heat_map(cells: Sequence[Cell], won: Cell, best: Best, metric: str) -> Figur
     axes.set_title(f"best: {won.metric:.6g}, {won.label} at step {won.step}")
     figure.colorbar(image, label=_better(metric, best))
     return figure
+
+
+def curve(result: Curve, best: Best) -> Figure:
+    """One metric against the coefficient; of several, each further one against the first, annotated with it."""
+    first, *others = result.points[0].metrics
+    names = {name: _better(name, best) if name == result.metric else name for name in (first, *others)}
+    figure = _figure(5.8 * max(1, len(others)) + 2.2, 4.4)
+    panels = figure.subplots(1, max(1, len(others)), squeeze=False)[0]
+    if not others:
+        _along(panels[0], result, [point.value for point in result.points], first)
+        panels[0].set(xlabel=result.coefficient, ylabel=names[first])
+    for axes, other in zip(panels, others, strict=False):
+        across = [point.metrics[first] for point in result.points]
+        _along(axes, result, across, other)
+        for number in _few(range(len(across))):
+            label = f"{result.points[number].value:g}"
+            where = across[number], result.points[number].metrics[other]
+            axes.annotate(label, where, xytext=(5, 5), textcoords="offset points", fontsize=8)
+        axes.set(xlabel=names[first], ylabel=names[other])
+    panels[0].set_title(f"{result.method}, by {result.coefficient}")
+    for axes in panels:
+        _legend(axes)
+    return figure
+
+
+def _along(axes: Axes, result: Curve, across: Sequence[float], metric: str) -> None:
+    """The soups, the two ends and the straight line between them, and the best."""
+    up = [point.metrics[metric] for point in result.points]
+    ends = [across[0], across[-1]], [up[0], up[-1]]
+    first, last = (f"{result.coefficient} {result.points[i].value:g}" for i in (0, -1))
+    axes.plot(*ends, "--", color=GREY, linewidth=1, label="straight between the ends")
+    axes.plot(across, up, "o-", color=BLUE, markersize=4, linewidth=1.5, label="soups")
+    axes.plot(across[0], up[0], "s", color=GREY, markersize=8, label=f"{first}: {up[0]:.5g}")
+    axes.plot(across[-1], up[-1], "s", color=ORANGE, markersize=8, label=f"{last}: {up[-1]:.5g}")
+    if result.best is not None:
+        number = result.points.index(result.best)
+        label = f"best, {result.coefficient} {result.best.value:g}: {up[number]:.5g}"
+        axes.plot(across[number], up[number], "o", markersize=11, fillstyle="none", color=RED, label=label)
 
 
 def _figure(width: float, height: float) -> Figure:

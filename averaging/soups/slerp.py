@@ -3,10 +3,11 @@
     slerp(a, b; λ) = sin((1−λ)Ω)/sin Ω · a + sin(λΩ)/sin Ω · b,  Ω the angle between a and b,
 
 for more than two one after the other: s₁ = τ₁, s_m = slerp(s_{m−1}, τ_m; 1/m). Unlike a mean it keeps the length of
-task vectors that point in different directions. η < 1 goes back towards the initial model (LITI).
+task vectors that point in different directions. η < 1 goes back towards the initial model (LITI: linear interpolation
+towards the initialization).
 
 Ramé et al. 2024, "WARP: On the Benefits of Weight Averaged Rewarded Policies", https://arxiv.org/abs/2406.16768,
-section 3, stages 2 and 3.
+sections 3.2 (SLERP) and 3.3 (LITI); appendix B.3, equation 26, for more than two.
 """
 
 from __future__ import annotations
@@ -65,10 +66,11 @@ class Slerp(Soup):
         init: PathLike,
         weights: Sequence[float] | None = None,
         eta: float = 1.0,
+        method: str = "slerp",
         **options: Unpack[Options],
     ) -> None:
         models = opened(paths)
-        if len(models) < 2:
+        if method == "slerp" and len(models) < 2:
             raise ValueError(f"SLERP needs at least two fine-tuned models, found {len(models)}")
         shares = check_numbers("weights", [1.0] * len(models) if weights is None else weights, models)
         if min(shares) < 0 or not sum(shares) > 0:
@@ -79,7 +81,7 @@ class Slerp(Soup):
             output,
             init=init,
             formula=lambda products: [eta * c for c in coefficients(products, shares)],
-            method="slerp",
+            method=method,
             facts={"eta": eta, "weights": shares},
             **options,
         )

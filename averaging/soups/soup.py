@@ -13,6 +13,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -29,6 +30,8 @@ PathLike = str | os.PathLike[str] | Checkpoint
 Paths = Iterable[PathLike] | str | os.PathLike[str]
 Formula = Callable[[Sequence[Sequence[float]]], Sequence[float]]
 """From the inner products of a tensor's task vectors τᵢ = θᵢ − θ_init to what the task vectors are multiplied by."""
+Products = Mapping[str, Sequence[Sequence[float]]]
+"""Name → all inner products of θ_init and the task vectors, in each floating-point tensor."""
 
 # What --dtype accepts, with the usual short names.
 DTYPES = {"bfloat16": "bfloat16", "float16": "float16", "float32": "float32", "float64": "float64"}
@@ -84,6 +87,7 @@ class Soup:
         self.init = None if init is None else initial(init, models)
         self.method, self.facts, self.twins = method, dict(facts or {}), twins
         self.formula, self.allow_nonfinite = formula, allow_nonfinite
+        self.products: Products | None = None
         self.layers: list[tuple[re.Pattern[str], Soup]] = []
         if formula is not None and allow_nonfinite:
             raise ValueError(
@@ -171,66 +175,23 @@ class Soup:
 
     def cook(self, progress: Progress | None = None) -> Mapping[str, Tensor]:
         """Compute the soup and write it, if it has an output."""
-        from averaging.soups.engine import Mixer
+        return cook_all([self], progress)[0]
 
-        held = self.ingredients[-1].entries.keys()
-        checksums: list[str] = []
-        measured = self._measure(progress)
-        if self.formula is not None and progress is not None:
-            progress = _second_half(progress)
-        coefficients = self.weights if measured is None else measured
+    def measure(self, progress: Progress | None = None) -> Products | None:
+        """What the formula asks of the ingredients, if there is one: a pass over all of them, the first time."""
+        from averaging.soups.engine import Gram
 
-        def mix(sink: Any, groups: Sequence[Sequence[str]]) -> Iterator[int]:
-            mixer = Mixer(
-                self.ingredients,
-                coefficients,
-                self.divisor if measured is None else 1.0,
-                self.dtypes,
-                sink,
-                allow_nonfinite=self.allow_nonfinite,
-                progress=progress,
-            )
-            # What the ingredients do not hold is the mean of the model alone.
-            copier = Mixer([self.model], None, 1.0, self.dtypes, sink, allow_nonfinite=True)
-            others = [[name for name in group if name not in held] for group in groups]
-            copied = copier.run(others) if any(others) else groups
-            mixed = mixer.run([[name for name in group if name in held] for group in groups])
-            for number, _ in zip(mixed, copied, strict=True):
-                yield number
-            checksums.extend(mixer.checksums())
+        if self.formula is not None and self.products is None:
+            self.products = Gram(self.ingredients, progress).measure()
+        return self.products
 
-        if self.output is None:
-            import torch
-
-            shapes = {name: entry.shape for name, entry in self.model.entries.items()}
-            soup = {name: torch.empty(shapes[name], dtype=getattr(torch, self.dtypes[name])) for name in shapes}
-            views = {name: tensor.reshape(-1).view(torch.uint8).numpy().data for name, tensor in soup.items()}
-
-            def keep(name: str, offset: int, data: memoryview) -> None:
-                views[name][offset : offset + len(data)] = data
-
-            for _ in mix(keep, [list(soup)]):
-                pass
-            self._judge(checksums)
-            return soup
-        with self.output.writing(self.record(measured)) as writing, ThreadPoolExecutor(1) as flusher:
-            groups = [list(file.tensors) for file in self.output.files]
-            # A finished shard goes to the disk while the next one is mixed.
-            flushed = [flusher.submit(writing.sync, number) for number in mix(writing.sink, groups)]
-            for future in flushed:
-                future.result()
-            self._judge(checksums)
-            writing.finish(self.record(measured, checksums))
-        return Checkpoint(self.output.path)
-
-    def _measure(self, progress: Progress | None) -> Mapping[str, Sequence[float]] | None:
+    def measured(self, products: Products | None) -> Mapping[str, Sequence[float]] | None:
         """The coefficients of all ingredients in each floating-point tensor, if they are not the same in all."""
-        from averaging.soups.engine import AVERAGED, Gram
+        from averaging.soups.engine import AVERAGED
 
-        if self.formula is not None:
-            halved = None if progress is None else lambda done, total: progress(done, 2 * total)
+        if products is not None:
             by_tensor = {}
-            for name, gram in Gram(self.ingredients, halved).measure().items():
+            for name, gram in products.items():
                 formula = self._of(name).formula
                 assert formula is not None  # all are of one method
                 by_tensor[name] = with_init(formula([row[1:] for row in gram[1:]]))
@@ -255,7 +216,84 @@ class Soup:
             twin = seen.setdefault(checksum, ingredient)
             if twin is not ingredient:
                 effect = "; its task vector is zero" if self.init is not None and twin is self.ingredients[0] else ""
-                warnings.warn(f"{twin.path} and {ingredient.path} have the same content{effect}", stacklevel=4)
+                warnings.warn(f"{twin.path} and {ingredient.path} have the same content{effect}", stacklevel=5)
+
+
+def cook_all(soups: Sequence[Soup], progress: Progress | None = None) -> list[Mapping[str, Tensor]]:
+    """Cook soups that differ in nothing but their coefficients and outputs, reading the ingredients once for all.
+
+    Args:
+        soups: at least one; all with an output, or none.
+        progress: called from time to time with the bytes read and the bytes to read.
+
+    Returns:
+        Of each soup what its ``cook`` returns. Either all of them are written or none.
+    """
+    from averaging.soups.engine import Mix, Mixer
+
+    first = soups[0]
+    held = first.ingredients[-1].entries.keys()
+    checksums: list[str] = []
+    if progress is not None and first.formula is not None and first.products is None:
+        products, progress = first.measure(_half(progress, 0)), _half(progress, 1)
+    else:
+        products = first.measure()
+    measured = [soup.measured(products) for soup in soups]
+
+    def mix(sinks: Sequence[Any], groups: Sequence[Sequence[str]]) -> Iterator[int]:
+        mixes = [
+            Mix(soup.weights, soup.divisor, sink) if own is None else Mix(own, 1.0, sink)
+            for soup, own, sink in zip(soups, measured, sinks, strict=True)
+        ]
+        mixer = Mixer(first.ingredients, mixes, first.dtypes, allow_nonfinite=first.allow_nonfinite, progress=progress)
+        # What the ingredients do not hold is the mean of the model alone.
+        copies = [Mix(None, 1.0, sink) for sink in sinks]
+        copier = Mixer([first.model], copies, first.dtypes, allow_nonfinite=True)
+        others = [[name for name in group if name not in held] for group in groups]
+        copied = copier.run(others) if any(others) else groups
+        mixed = mixer.run([[name for name in group if name in held] for group in groups])
+        for number, _ in zip(mixed, copied, strict=True):
+            yield number
+        checksums.extend(mixer.checksums())
+
+    if first.output is None:
+        import torch
+
+        shapes = {name: entry.shape for name, entry in first.model.entries.items()}
+        kept = [{n: torch.empty(shapes[n], dtype=getattr(torch, first.dtypes[n])) for n in shapes} for _ in soups]
+
+        def keeper(weights: dict[str, Tensor]) -> Any:
+            views = {name: tensor.reshape(-1).view(torch.uint8).numpy().data for name, tensor in weights.items()}
+
+            def keep(name: str, offset: int, data: memoryview) -> None:
+                views[name][offset : offset + len(data)] = data
+
+            return keep
+
+        for _ in mix([keeper(weights) for weights in kept], [list(shapes)]):
+            pass
+        first._judge(checksums)
+        return [*kept]
+    outputs = [soup.output for soup in soups if soup.output is not None]
+    first.output.check_room(len(outputs))
+    with ExitStack() as stack, ThreadPoolExecutor(1) as flusher:
+        writings = [
+            stack.enter_context(output.writing(soup.record(own)))
+            for soup, output, own in zip(soups, outputs, measured, strict=True)
+        ]
+        groups = [list(file.tensors) for file in first.output.files]
+        # A finished shard goes to the disk while the next one is mixed.
+        flushed = [
+            flusher.submit(writing.sync, number)
+            for number in mix([writing.sink for writing in writings], groups)
+            for writing in writings
+        ]
+        for future in flushed:
+            future.result()
+        first._judge(checksums)
+        for soup, own, writing in zip(soups, measured, writings, strict=True):
+            writing.finish(soup.record(own, checksums))
+    return [Checkpoint(output.path) for output in outputs]
 
 
 def opened(paths: Paths) -> list[Checkpoint]:
@@ -333,8 +371,9 @@ def compiled(what: str, pattern: str) -> re.Pattern[str]:
         raise ValueError(f"{what}{pattern!r} is not a regular expression: {error}") from error
 
 
-def _second_half(progress: Progress) -> Progress:
-    return lambda done, total: progress(total + done, 2 * total)
+def _half(progress: Progress, half: int) -> Progress:
+    """The progress of the first or the second of two passes."""
+    return lambda done, total: progress(half * total + done, 2 * total)
 
 
 def _version(package: str) -> str:

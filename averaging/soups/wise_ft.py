@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Unpack
 
-from averaging.soups.soup import Options, PathLike, Soup, check_fraction, opened
+from averaging.soups.soup import Options, PathLike, Paths, Soup, check_fraction, opened
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,7 +35,7 @@ def wise_ft(
 
     ``output``, ``progress``, the other arguments, what is returned and raised are as in `averaging.soups.uniform`.
     """
-    return WiseFT(finetuned, output, init=zeroshot, alpha=alpha, **options).cook(progress)
+    return WiseFT([finetuned], output, init=zeroshot, alpha=alpha, **options).cook(progress)
 
 
 class WiseFT(Soup):
@@ -43,16 +43,16 @@ class WiseFT(Soup):
 
     def __init__(
         self,
-        finetuned: PathLike,
+        finetuned: Paths,
         output: str | os.PathLike[str] | None = None,
         *,
         init: PathLike,
         alpha: float = 0.5,
         **options: Unpack[Options],
     ) -> None:
-        models = opened([finetuned])
+        models = opened(finetuned)
         if len(models) != 1:
-            raise ValueError(f"WiSE-FT takes a single fine-tuned model, not the {len(models)} in {finetuned}")
+            raise ValueError(f"WiSE-FT takes a single fine-tuned model, not {len(models)}")
         alpha = check_fraction("alpha", alpha)
         super().__init__(
             models, output, init=init, weights=[alpha], method="wise-ft", facts={"alpha": alpha}, **options
