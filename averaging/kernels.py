@@ -203,7 +203,7 @@ def combine(
     Transient memory is a few blocks, not a copy of a tensor.
 
     Args:
-        groups: (tensors, out): at least one tensor, all of one shape, dtype and device; and where the result goes,
+        groups: (tensors, out): at least one tensor, all of one shape and device; and where the result goes,
             whose dtype is the result's, and which may lie on another device.
         coefficients: one per tensor; ones if ``None``.
         divisor: what the sum is divided by.
@@ -213,7 +213,9 @@ def combine(
 
     def run(blocks: list[Tensor], out: Tensor) -> None:
         with mode():
-            if _kernels is not None and all(t.dtype in COMPILED and t.device.type == "cpu" for t in (blocks[0], out)):
+            alike = all(t.dtype is blocks[0].dtype for t in blocks)  # BEMA's EMA is wider than what it is combined with
+            tensors = (*blocks, out)
+            if _kernels and alike and all(t.dtype in COMPILED and t.device.type == "cpu" for t in tensors):
                 source, target = COMPILED[blocks[0].dtype], COMPILED[out.dtype]
                 _kernels.combine([*map(_memory, blocks)], source, coefficients, divisor, _memory(out), target)
                 return
