@@ -125,13 +125,15 @@ def with_transformers(folder: Path) -> dict[str, Any]:
     def rows(count: int, seed: int) -> list[dict[str, torch.Tensor]]:
         return [{"x": x, "y": y} for x, y in zip(*data(count, seed), strict=True)]
 
-    def run(output: Path, *callbacks: Any, resume: str | None = None) -> tuple[Net, dict[int, Any], Trainer]:
+    def run(
+        output: Path, *callbacks: Any, resume: str | None = None, **options: Any
+    ) -> tuple[Net, dict[str, Any], Trainer]:
         net, before, after = Net(), Recorder(), Recorder()
         arguments = TrainingArguments(
-            output_dir=str(output), max_steps=STEPS, per_device_train_batch_size=BATCH, save_steps=CUT, eval_steps=4,
+            output_dir=str(output), max_steps=STEPS, per_device_train_batch_size=BATCH, eval_steps=4,
             gradient_accumulation_steps=ACCUMULATE, learning_rate=0.05, lr_scheduler_type="constant", seed=1,
             report_to="none", use_cpu=True, ddp_backend="gloo", disable_tqdm=True, logging_steps=100,
-            eval_strategy="steps", label_names=["y"], remove_unused_columns=False,
+            eval_strategy="steps", label_names=["y"], remove_unused_columns=False, **{"save_steps": CUT, **options},
         )  # fmt: skip
         trainer = Trainer(
             model=net, args=arguments, train_dataset=rows(64, 1), eval_dataset=rows(16, 2),
@@ -152,12 +154,15 @@ def with_transformers(folder: Path) -> dict[str, Any]:
     written = record_writes(folder)
     straight = averaged(folder / "straight")
     resumed = averaged(folder / "resumed", resume=str(folder / "straight" / f"checkpoint-{CUT}"))
+    best = {"metric_for_best_model": "eval_ema_loss", "load_best_model_at_end": True, "save_steps": 4}
+    net, _, trainer = run(folder / "best", AveragingCallback(*averagers(folder), evaluate="all"), **best)
+    chosen = str(trainer.state.best_model_checkpoint)
     reset = ElasticReset(4, 0.8)
     _, seen, _ = run(folder / "reset", AveragingCallback(reset))
     return {
         "straight": straight, "resumed": resumed,
         "reset": {"before": seen["before"], "after": seen["after"], "average": dict(reset.average())},
-        "written": written, "collectives": collectives(),
+        "best": clone(net), "chosen": chosen, "written": written, "collectives": collectives(),
     }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -146,6 +147,13 @@ def test_only_the_first_rank_writes(engine, runs):
     assert second["written"] == []
     assert not [*folder.rglob(".averaging-*")]
     assert not [*folder.rglob("run-*")]  # the rings were each rank's own, and are gone
+
+
+def test_every_rank_ends_with_the_best_average(runs):
+    _, *ranks = runs("transformers")
+    for rank in ranks:
+        best = load_file(Path(rank["chosen"]) / "ema" / "model.safetensors")
+        assert equal(rank["best"], {name: best[name] for name in rank["best"]})
 
 
 @trainers
