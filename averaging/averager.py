@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol, Self
+from typing import Any, Literal, Protocol, Self
 
 import torch
 from torch import nn
@@ -67,9 +67,6 @@ class Averager(ABC):
     Raises:
         ValueError, TypeError: an argument that is out of range or of the wrong kind.
     """
-
-    immutable: ClassVar[bool] = False
-    """Whether a group of `tensors`, once there, never changes, so that saved states may share its file."""
 
     write_backs: Length | None = None
     """How often training is to go on from the weights that `write_back` gives, from ``start`` on; None for never."""
@@ -212,6 +209,10 @@ class Averager(ABC):
             save: writes the model as a folder that opens by itself, into the existing folder given.
         """
         return
+
+    def immutable(self, group: str) -> bool:
+        """Whether a group of `tensors`, once there, never changes, so that saved states may share its file."""
+        return False
 
     def write_group(self, group: str, file: Path) -> None:
         """Write one group of `tensors` to a safetensors file."""
@@ -414,8 +415,8 @@ class Averager(ABC):
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the state to ``folder``, as a whole or not at all: numbers as JSON, tensors as safetensors.
 
-        What never changes, LAWA's snapshots, is written once: the next states saved on the same file system hold
-        hard links to the file in the state saved or loaded last, as long as that is there.
+        What never changes, such as LAWA's snapshots, is written once: the next states saved on the same file system
+        hold hard links to the file in the state saved or loaded last, as long as that is there.
         """
         with self.saving(folder):
             pass
@@ -430,7 +431,7 @@ class Averager(ABC):
             for group in self.tensors():
                 file = staging / f"{group}.safetensors"
                 earlier = self._written.get(group)
-                if not (self.immutable and earlier and earlier.link(file)):
+                if not (self.immutable(group) and earlier and earlier.link(file)):
                     self.write_group(group, file)
                 written[group] = WrittenFile.of(file, kept_at=folder / file.name)
             sizes = {file.path.name: file.size for file in written.values()}

@@ -80,8 +80,9 @@ class AveragingCallback(CallbackCore, Callback):
       further average are, too: ``ema_val_loss``.
     - A checkpoint's ``state_dict`` holds the weights being trained, and under the key ``averaging`` every average
       and its state: ``module.load_state_dict(load_average("last.ckpt"))``. With ``checkpoint="average"`` the
-      ``state_dict`` itself is the average, and the weights being trained lie under the key. The snapshots of LAWA,
-      which only resuming needs, lie in the folder ``last.ckpt.averaging-…`` beside it, as files that checkpoints share.
+      ``state_dict`` itself is the average, and the weights being trained lie under the key. The snapshots of LAWA
+      and the like, which only resuming needs, lie in the folder ``last.ckpt.averaging-…`` beside it, as files that
+      checkpoints share.
     - ``ModelCheckpoint(monitor=...)`` picks by any of these, and `load_average`, ``validate``, ``test`` and ``predict``
       with ``ckpt_path=`` take from its checkpoints what was measured: the online weights for ``online_val_loss``, that
       average for ``ema_val_loss``. From other checkpoints they take the average. With ``save_weights_only=True`` a
@@ -252,7 +253,8 @@ class AveragingCallback(CallbackCore, Callback):
             weights = average.average(rounded=True) if average.ready else {}
             averages[name] = {"average": _entries(pl_module, state_dict, weights)}
         for averager in averagers:
-            state = averager if beside and averager.immutable else averager.state_dict()
+            shares = beside and any(map(averager.immutable, averager.tensors()))
+            state = averager if shares else averager.state_dict()
             averages.setdefault(home(averager), {})["state"] = state
         online = {key: state_dict[key] for key in averages.get(self.leader, {}).get("average", {})}
         if self._online is not None:
@@ -322,9 +324,9 @@ class AveragingCallback(CallbackCore, Callback):
 
 
 class _CheckpointIO(TorchCheckpointIO):
-    """Lightning's own, with the averages that consist of snapshots in a folder beside each checkpoint.
+    """Lightning's own, with the averages that keep what never changes in a folder beside each checkpoint.
 
-    Checkpoints share the files of the snapshots in these folders as hard links. A checkpoint names its folder, which
+    Checkpoints share the files of that in these folders as hard links. A checkpoint names its folder, which
     is never written to again: a new one is made before a checkpoint is replaced, and the old one removed afterwards.
     """
 

@@ -1,4 +1,4 @@
-"""Checkpoints share the files of LAWA's snapshots: each is written once, and every checkpoint stays whole."""
+"""Checkpoints share the files of what never changes, above all LAWA's snapshots, and every checkpoint stays whole."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from test_transformers import Recorder, assert_equal, trainer
 import averaging
 import averaging.lightning
 import averaging.transformers
-from averaging import LAWA
+from averaging import BEMA, LAWA, ElasticReset
 
 pytest.importorskip("lightning.pytorch")
 __all__ = ["pytestmark"]
@@ -270,3 +271,54 @@ def test_lightning_with_another_checkpoint_io_stays_in_one_file(tmp_path):
     resumed = lightning_lawa()
     make_trainer(tmp_path, resumed).fit(Regression(seed=1), ckpt_path=tmp_path / "step=8.ckpt")
     assert same(state(resumed), state(straight))
+
+
+# ---------------------------------------------------------------------- BEMA and Elastic Reset
+
+
+def files_of(folder: Path, name: str) -> set[int]:
+    """The inodes of the files called ``name`` below ``folder``."""
+    return {file.stat().st_ino for file in folder.rglob(f"{name}.safetensors")}
+
+
+@pytest.mark.parametrize("memory", ["cpu", "disk"])
+@pytest.mark.parametrize(
+    ("build", "file", "written"),
+    [(partial(BEMA, every=3), "ema", 5), (partial(BEMA, every=3), "start", 1),
+     (partial(BEMA, every=3), "latest-000000000003", 1),
+     (partial(ElasticReset, 4), "ema", 5), (partial(ElasticReset, 4), "initial", 1)],
+)  # fmt: skip
+def test_what_never_changes_is_written_once(build, file, written, memory, tmp_path):
+    averager = build(memory=tmp_path / "memory" if memory == "disk" else memory)
+    advance(averager, [0])
+    for n in range(1, 6):
+        advance(averager, [n])
+        averager.save(tmp_path / "states" / f"{n}")
+        if n == 3:
+            averager = build(memory=averager._memory._folder if memory == "disk" else memory)
+            averager.load(tmp_path / "states" / "3")
+    assert len(files_of(tmp_path / "states", file)) == written
+    again = build().load(tmp_path / "states" / "5")
+    assert_equal(again.average(), averager.average())
+
+
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+@pytest.mark.parametrize("framework", ["transformers", "lightning"])
+def test_checkpoints_share_the_weights_at_the_start(framework, tmp_path):
+    def run(folder, **resume):
+        callback = getattr(averaging, framework).BEMA(every=2)
+        if framework == "lightning":
+            fit(folder, callback, every_step(folder), **resume)
+        else:
+            run = trainer(folder, [callback], steps=12, save_steps=1, eval_strategy="no")
+            run.train(**resume)
+        return callback
+
+    straight = run(tmp_path / "a")
+    assert len([*(tmp_path / "a").rglob("start.safetensors")]) == 12
+    assert len(files_of(tmp_path / "a", "start")) == 1
+    cut = {"ckpt_path": tmp_path / "a" / "step=5.ckpt"} if framework == "lightning" else {
+        "resume_from_checkpoint": str(tmp_path / "a" / "checkpoint-5")}  # fmt: skip
+    again = run(tmp_path / "b", **cut)
+    assert files_of(tmp_path / "b", "start") == files_of(tmp_path / "a", "start")
+    assert_equal(again.averager.average(), straight.averager.average())

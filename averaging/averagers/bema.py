@@ -39,8 +39,9 @@ class BEMA(Averager):
     begins with the absorption after that, and until then stands for the model's own weights.
 
     Costs one float32 copy of the weights where they are, the EMA, and in ``memory`` two copies in their own dtype: θ_0
-    and the θ_t last absorbed. θ'_t is computed when it is read, in float64, and rounded once. An absorption is one pass
-    over the weights and the EMA, in place, and one copy of the weights.
+    and the θ_t last absorbed; so only the EMA where ``memory`` is a folder. θ'_t is computed when it is read, in
+    float64, and rounded once. An absorption is one pass over the weights and the EMA, in place, and one copy of the
+    weights. Saved states share the files of θ_0 and θ_t: each is written once.
 
     Args:
         kappa: κ, the power of the EMA's decay: larger averages longer.
@@ -140,6 +141,9 @@ class BEMA(Averager):
             if key:
                 groups[key] = self._memory[key]
         return groups
+
+    def immutable(self, group: str) -> bool:
+        return group != "ema"
 
     def write_group(self, group: str, file: Path) -> None:
         if group == "ema":

@@ -45,7 +45,8 @@ class ElasticReset(Averager):
     model keeps its trained weights when training ends. For the average of a policy put an `EMA` beside it, named
     after it to absorb the weights it wrote.
 
-    Costs one float32 copy of the weights where they are, the EMA, and in ``memory`` one copy in their own dtype, θ₀.
+    Costs one float32 copy of the weights where they are, the EMA, and in ``memory`` one copy in their own dtype, θ₀,
+    whose file saved states share.
 
     Args:
         every: optimizer steps between resets, ``"epoch"``, or a fraction of the run.
@@ -113,6 +114,9 @@ class ElasticReset(Averager):
 
     def tensors(self) -> Mapping[str, Weights]:
         return {"ema": self._ema, INITIAL: self._memory[INITIAL]} if self._ema else {}
+
+    def immutable(self, group: str) -> bool:
+        return group == INITIAL
 
     def write_group(self, group: str, file: Path) -> None:
         if group == INITIAL:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from itertools import islice
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -61,8 +61,6 @@ class LAWA(Averager):
     Raises:
         ValueError: k < 1 or twice the same, unknown weights, or both ``every`` and ``window``.
     """
-
-    immutable: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -156,6 +154,9 @@ class LAWA(Averager):
 
     def tensors(self) -> Mapping[str, Weights]:
         return {key: self._memory[key] for key in self._keys}
+
+    def immutable(self, group: str) -> bool:
+        return True
 
     def write_group(self, group: str, file: Path) -> None:
         self._memory.save(group, file)
