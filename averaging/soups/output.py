@@ -27,8 +27,12 @@ _ARCHITECTURE = ("model_type", "architectures", "num_attention_heads", "num_key_
 _ADAPTER = ("base_model_name_or_path", "peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
 
 
-def check_alike(ingredients: Sequence[Checkpoint]) -> None:
+def check_alike(ingredients: Sequence[Checkpoint], chosen: bool = False) -> None:
     """Refuse to average what does not belong together.
+
+    Args:
+        ingredients: what is to be averaged.
+        chosen: these are some of their tensors, picked by name. The models may then have different heads.
 
     Raises:
         ValueError: they differ in kind, architecture, base model, or in the name,
@@ -39,15 +43,21 @@ def check_alike(ingredients: Sequence[Checkpoint]) -> None:
         if other.kind != first.kind:
             raise ValueError(f"{first.path} is a {TITLES[first.kind]}, but {other.path} is a {TITLES[other.kind]}")
         for key in _ADAPTER if first.kind == "peft" else _ARCHITECTURE:
+            if chosen and key == "architectures":
+                continue
             one, two = (first.config or {}).get(key), (other.config or {}).get(key)
             if one != two and first.config is not None and other.config is not None:
                 raise ValueError(
                     f"{first.path} and {other.path} are different models: {key} is {one!r} in one and {two!r} in the "
-                    "other; average only checkpoints of one architecture and base model"
+                    "other; average checkpoints of one architecture and base model, or of models that differ in their "
+                    "heads the tensors that --only or --skip (only=, skip=) choose"
                 )
         if first.entries.keys() != other.entries.keys():
             here, there = first.entries.keys() - other.entries.keys(), other.entries.keys() - first.entries.keys()
-            lines = [f"{first.path} and {other.path} do not hold the same tensors"]
+            lines = [
+                f"{first.path} and {other.path} do not hold the same tensors; --only or --skip (only=, skip=) choose "
+                "those that are combined"
+            ]
             lines += [f"  only in {first.path}: {_some(here)}"] if here else []
             lines += [f"  only in {other.path}: {_some(there)}"] if there else []
             raise ValueError("\n".join(lines))

@@ -107,7 +107,7 @@ class Soup:
             self.facts |= {"only": only, "skip": skip}
         if allow_nonfinite:
             self.facts["allow_nonfinite"] = True
-        check_alike(self.ingredients)
+        check_alike(self.ingredients, chosen=only is not None or skip is not None)
         self.model = self.ingredients[-1]
         if template := find_template(self.ingredients, like):
             self.model, self.ingredients = template, named_like(template, self.ingredients)

@@ -2,7 +2,9 @@
 
 Wortsman et al. 2022, "Model soups: averaging weights of multiple fine-tuned models improves accuracy without
 increasing inference time", https://arxiv.org/abs/2203.05482. Of the latest checkpoints of one run it is LAWA, computed
-after the fact (Kaddour 2022, https://arxiv.org/abs/2209.14981).
+after the fact (Kaddour 2022, https://arxiv.org/abs/2209.14981); of reward models that were fine-tuned from one model
+with different settings it is WARM (Ramé et al. 2024, "WARM: On the Benefits of Weight Averaged Reward Models",
+https://arxiv.org/abs/2401.12187, section 3).
 """
 
 from __future__ import annotations
