@@ -61,6 +61,7 @@ METHODS: dict[str, tuple[str, ...]] = {
     "rewarded": ("lambda",),
     "model-stock": ("init",),
     "ema": ("decay",),
+    "fisher": ("fisher", "weights", "floor"),
     "greedy": (),
     "ranked": ("top",),
 }
@@ -136,6 +137,15 @@ def parser() -> argparse.ArgumentParser:
         type=_numbers,
         metavar="W",
         help="warp: the share of each in the merged model, after the paths or as W,W,... (default: all alike)",
+    )
+    result.add_argument(
+        "--fisher",
+        nargs="+",
+        metavar="FILE",
+        help="fisher: what averaging.soups.fisher_information wrote for each PATH (default: PATH/fisher.safetensors)",
+    )
+    result.add_argument(
+        "--floor", type=float, help="fisher: the least Fisher of the first, in root mean squares of it (default 1e-6)"
     )
     result.add_argument("--top", type=int, metavar="N", help="ranked: how many of the best (greedy: all that help)")
     result.add_argument("--decay", type=float, help="ema: the decay per optimizer step")
@@ -432,13 +442,13 @@ def _is_record(path: str) -> bool:
 
 
 def _again(options: argparse.Namespace) -> Soup:
-    from averaging.soups.recorded import Recorded
+    from averaging.soups.recorded import recorded
 
     own = {action.dest for action in parser()._actions} - {"recipe", "output", "force", "dry_run", "quiet", "debug"}
     _refuse(options, "the record of a soup, which is cooked as it was", *(n for n in own if getattr(options, n, None)))
     if options.output is None:
         raise ValueError("say where to write the soup of a record with -o OUT")
-    return Recorded(options.recipe, options.output, force=options.force)
+    return recorded(options.recipe, options.output, force=options.force)
 
 
 def _take_recipe(options: argparse.Namespace) -> None:
@@ -460,6 +470,7 @@ def _take_recipe(options: argparse.Namespace) -> None:
 def _soup(options: argparse.Namespace) -> Soup:
     from averaging.checkpoints import gather, select
     from averaging.soups.ema import EMA
+    from averaging.soups.fisher import Fisher
     from averaging.soups.model_stock import ModelStock
     from averaging.soups.post_hoc import rebuilding
     from averaging.soups.rewarded import Rewarded
@@ -481,11 +492,11 @@ def _soup(options: argparse.Namespace) -> Soup:
     method, own = _method(options)
     ingredients = select(gather(options.paths), options.last, options.every)
     soups = {"uniform": Uniform, "wise-ft": WiseFT, "task": Task, "slerp": Slerp, "model-stock": ModelStock, "ema": EMA}
-    soups |= {"warp": Warp, "rewarded": Rewarded}
+    soups |= {"warp": Warp, "rewarded": Rewarded, "fisher": Fisher}
     make = cast("Callable[..., Soup]", soups[method])
     soup = make(ingredients, _output(options), **own, **choices)
     for layer in options.layers:
-        if wrong := layer.options.keys() - (set(METHODS[method]) - {"init"}):
+        if wrong := layer.options.keys() - (set(METHODS[method]) - {"init", "fisher", "floor"}):
             raise ValueError(f"{layer.place}: {min(wrong)} is nothing that a layer can have of its own with {method}")
         if any(isinstance(layer.options.get(name), list) for name in COEFFICIENTS):
             raise ValueError(f"{layer.place}: a layer has one coefficient, not a range")

@@ -192,6 +192,42 @@ class Products:
         total.addmm_(wide, wide.T)
 
 
+def weighted_mean(
+    blocks: Sequence[Tensor], weights: Sequence[Tensor], coefficients: Sequence[float], floor: float, out: Tensor
+) -> None:
+    """Σ λᵢwᵢxᵢ / Σ λᵢwᵢ element by element in float64, rounded once.
+
+    Args:
+        blocks: tensors that fit the cache, all alike and flat.
+        weights: wᵢ, real and not negative, of the same length.
+        coefficients: λᵢ, not negative.
+        floor: the least wᵢ of the first tensor with a positive λᵢ; where all λᵢwᵢ are zero its values count.
+        out: where the result goes; its dtype is the result's.
+    """
+    first = next(i for i, coefficient in enumerate(coefficients) if coefficient > 0)
+    total = torch.zeros_like(blocks[0], dtype=_wide_dtype(blocks[0].dtype))
+    share = torch.zeros_like(weights[0], dtype=torch.float64)
+    for i, (block, weight) in enumerate(zip(blocks, weights, strict=True)):
+        own = weight.double()
+        if i == first:
+            own = own.clamp(min=floor)
+        own = own * coefficients[i]
+        total.addcmul_(block.to(total.dtype), own.to(total.dtype))
+        share += own
+    round_into(out, torch.where(share == 0, blocks[first].to(total.dtype), total / share))
+
+
+def squares_of(parameter: Tensor) -> Tensor:
+    """Zeros for the sum of squares of its gradients: real, float32 or better, of its shape and on its device."""
+    return torch.zeros_like(parameter, dtype=accumulator_dtype(parameter.dtype).to_real(), requires_grad=False)
+
+
+def add_square_(total: Tensor, gradient: Tensor, weight: float) -> None:
+    """``total ← total + weight |gradient|²``, in place."""
+    size = gradient.abs().to(total.dtype)
+    total.addcmul_(size, size, value=weight)
+
+
 def combine(
     groups: Iterable[tuple[Sequence[Tensor], Tensor]],
     coefficients: Sequence[float] | None = None,

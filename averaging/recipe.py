@@ -30,7 +30,7 @@ DEEPEST = 10
 """The bytes that a recipe may have, and the levels; YAML takes time and stack for more."""
 
 # Options that hold paths, by their place in the parsed result; and those that are the command line's alone.
-_PATHS = ("paths", "init", "like", "output", "plot")
+_PATHS = ("paths", "init", "like", "output", "plot", "fisher")
 _RUN = ("recipe", "dry_run", "force", "quiet", "debug", "help", "version")
 
 
@@ -108,9 +108,9 @@ def _parsed(action: argparse.Action, given: Value) -> Any:
         return action.const if value else None
     if isinstance(action, argparse._AppendAction):
         return [_through(kind, f"{name}={_joined(each)}", each) for name, each in _mapping(given).items()]
-    if action.nargs == "+":
+    if action.nargs == "+" and kind is not None:
         return [_through(kind, _joined(given), given)]
-    if action.nargs == "*":
+    if action.nargs in ("+", "*"):
         texts = value if isinstance(value, list) else [value]
         demand(bool(texts) and all(isinstance(text, str) for text in texts), "text or a list of texts")
         return texts

@@ -144,6 +144,12 @@ def with_accelerate() -> dict[str, Any]:
     return {**names, "accelerator": accelerator, "average": averaging.LAWA(k=5, every=100)}
 
 
+def with_fine_tuned_models() -> dict[str, Any]:
+    for path in ("ft-a", "ft-b"):
+        llama().save_pretrained(path)
+    return {**with_transformers(), "batches": [{"input_ids": torch.randint(0, 8, (4, 4))}]}
+
+
 NAMES: dict[str, Callable[[], dict[str, Any]]] = {
     "averaging": with_transformers,
     "transformers.Trainer, and TRL's": with_transformers,
@@ -152,6 +158,7 @@ NAMES: dict[str, Callable[[], dict[str, Any]]] = {
     "Your own loop 2": with_accelerate,
     "Aligning a policy: anchors and resets": lambda: dict.fromkeys(("GRPOTrainer", "DPOTrainer"), transformers_trainer),
     "Aligning a policy: anchors and resets 2": with_a_reference,
+    "From fine-tuned models": with_fine_tuned_models,
     "Choose the average afterwards": dict,
 }
 """For each Python block, what gives the names that it uses and does not define."""

@@ -16,6 +16,7 @@ DEFAULT_OUTPUT = "soup"
 # What `averaging.trail` writes: a folder that is no snapshot itself, and the metadata of a post-hoc EMA's snapshots.
 TEMPLATE = "template"
 WIDTH_KEY = "post-hoc width"
+FISHER_KEY = "fisher"  # in the metadata of a Fisher information
 
 # Beside the weights in a trainer's folder, and never weights themselves.
 _NOT_WEIGHTS = re.compile(r"(optimizer|scheduler|scaler|training_args|rng_state.*)\.(pt|pth|bin)")
@@ -137,5 +138,5 @@ def _is_ingredient_folder(path: Path) -> bool:
 
 def _is_ingredient_file(path: Path) -> bool:
     if path.suffix == ".safetensors":
-        return not {RECORD_KEY, WIDTH_KEY} & read_header(path).metadata.keys()
+        return not {RECORD_KEY, WIDTH_KEY, FISHER_KEY} & read_header(path).metadata.keys()
     return path.suffix in TORCH_SUFFIXES and not _NOT_WEIGHTS.fullmatch(path.name)

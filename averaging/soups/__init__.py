@@ -2,6 +2,7 @@
 
 from averaging.soups.curve import Curve, curve, series
 from averaging.soups.ema import ema
+from averaging.soups.fisher import fisher, fisher_information
 from averaging.soups.greedy import Chosen, greedy, ranked
 from averaging.soups.inspection import Inspection, inspect
 from averaging.soups.model_stock import model_stock
@@ -21,6 +22,8 @@ __all__ = [
     "Sweep",
     "curve",
     "ema",
+    "fisher",
+    "fisher_information",
     "greedy",
     "inspect",
     "model_stock",

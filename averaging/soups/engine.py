@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from averaging.checkpoints.files import BITS, open_regular, read_into
 from averaging.soups.arithmetic import SUMS, Arithmetic, arithmetic, as_tensor
@@ -269,7 +269,7 @@ class Mixer(_Pass):
             coefficients = mix.coefficients
             if isinstance(coefficients, Mapping):
                 coefficients = coefficients[tensor.name]
-            finite = own.combine(rows, dtype, coefficients, mix.divisor, out, dtype_out)
+            finite = self._combine(own, tensor, start, rows, coefficients, mix.divisor, out)
             # One bad number among the ingredients makes this sum bad; it may also just overflow.
             if not finite and not self.allow_nonfinite and not as_tensor(out, dtype_out).isfinite().all():
                 self._find_nonfinite(tensor, start, size, buffers)
@@ -277,6 +277,19 @@ class Mixer(_Pass):
                     f"tensor {tensor.name!r}: the average is too large for {dtype_out}; choose a wider dtype"
                 )
             mix.sink(tensor.name, start * BITS[dtype_out] // BITS[dtype], out)
+
+    def _combine(
+        self,
+        own: Arithmetic,
+        tensor: _Tensor,
+        start: int,
+        rows: Sequence[memoryview],
+        coefficients: Sequence[float] | None,
+        divisor: float,
+        out: memoryview,
+    ) -> bool:
+        """Compute a piece of a result; returns whether it is known to be finite."""
+        return own.combine(rows, tensor.sources[0].dtype, coefficients, divisor, out, self.dtypes[tensor.name])
 
     def _agree(self, tensor: _Tensor, rows: Sequence[memoryview]) -> memoryview:
         """A piece that is not averaged: the same in all ingredients, or the last one's."""
@@ -291,6 +304,68 @@ class Mixer(_Pass):
                         "(dequantise the models first)"
                     )
         return rows[-1]
+
+
+class FisherMixer(Mixer):
+    """Computes Σ λᵢFᵢxᵢ / Σ λᵢFᵢ element by element, with the coefficients λᵢ, as `kernels.weighted_mean` does.
+
+    Args:
+        fishers: for each ingredient, a checkpoint with the Fᵢ of some tensors under the same names; all of the same
+            ones. The other tensors are Σ λᵢxᵢ / Σ λᵢ.
+        floor: the least F of the first ingredient.
+
+    The other arguments are as in `Mixer`.
+    """
+
+    def __init__(self, *arguments: Any, fishers: Sequence[Checkpoint], floor: float, **options: Any) -> None:
+        from averaging import kernels
+
+        super().__init__(*arguments, **options)
+        self.fishers, self.floor = fishers, floor
+        self._weighted_mean = kernels.weighted_mean
+        self._descriptors: dict[str, int] = {}
+
+    def run(self, groups: Sequence[Sequence[str]]) -> Iterator[int]:
+        """As `_Pass.run`; the files of all Fishers are open meanwhile."""
+        with ExitStack() as stack:
+            for file in {entry.file for fisher in self.fishers for entry in fisher.entries.values()}:
+                self._descriptors[str(file)] = open_regular(file)
+                stack.callback(os.close, self._descriptors[str(file)])
+            yield from super().run(groups)
+
+    def _combine(
+        self,
+        own: Arithmetic,
+        tensor: _Tensor,
+        start: int,
+        rows: Sequence[memoryview],
+        coefficients: Sequence[float] | None,
+        divisor: float,
+        out: memoryview,
+    ) -> bool:
+        weights = coefficients or [1.0] * len(rows)
+        if tensor.name not in self.fishers[0].entries:
+            return super()._combine(own, tensor, start, rows, weights, math.fsum(weights), out)
+        dtype, dtype_out = tensor.sources[0].dtype, self.dtypes[tensor.name]
+        first, count = start * 8 // BITS[dtype], len(rows[0]) * 8 // BITS[dtype]
+        fishers = [self._fisher(fisher, tensor.name, first, count) for fisher in self.fishers]
+        models = [as_tensor(row, dtype) for row in rows]
+        self._weighted_mean(models, fishers, weights, self.floor, as_tensor(out, dtype_out))
+        return False
+
+    def _fisher(self, fisher: Checkpoint, name: str, first: int, count: int) -> Tensor:
+        """``count`` elements of a Fisher from the ``first`` one on."""
+        entry = fisher.entries[name]
+        width = BITS[entry.dtype] // 8
+        data = memoryview(bytearray(count * width))
+        read_into(self._descriptors[str(entry.file)], data, entry.start + first * width, entry.file)
+        values = as_tensor(data, entry.dtype)
+        if not (values >= 0).all() or not values.isfinite().all():
+            raise ValueError(
+                f"{fisher.path}: the Fisher information of {name!r} must not be negative, infinite or NaN; compute it "
+                "again"
+            )
+        return values
 
 
 class Gram(_Pass):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from averaging.checkpoints import Checkpoint
 from averaging.checkpoints.files import read_json
+from averaging.soups.fisher import Fisher
 from averaging.soups.soup import Soup
 
 # What a record holds besides the facts of its method.
@@ -21,41 +22,37 @@ def is_record(content: Mapping[str, Any]) -> bool:
     return content.keys() >= {"method", "ingredients", "like", "dtype", "versions"}
 
 
-class Recorded(Soup):
+def recorded(
+    path: str | os.PathLike[str], output: str | os.PathLike[str] | None = None, *, force: bool = False
+) -> Soup:
     """The soup of which ``path`` is the record: whatever method or search made it, the same sum of the same tensors.
 
     The versions in its own record are those of today; all else is as it was.
 
     Raises:
-        ValueError: the record is damaged, or an ingredient has changed since.
+        ValueError: the record is damaged; when it is cooked, also that an ingredient has changed since.
         FileNotFoundError: an ingredient is not where it was.
     """
-
-    def __init__(
-        self, path: str | os.PathLike[str], output: str | os.PathLike[str] | None = None, *, force: bool = False
-    ) -> None:
-        self.path, record = Path(path), read_json(Path(path))
-        try:
-            ingredients = record["ingredients"]
-            self.checksums = [ingredient["checksum"] for ingredient in ingredients]
-            by_tensor = record.get("coefficients")
-            models = [Checkpoint(ingredient["path"]) for ingredient in ingredients]
-            super().__init__(
-                models,
-                output,
-                weights=by_tensor or [ingredient["weight"] for ingredient in ingredients],
-                divisor=record["divisor"] if by_tensor is None else 1.0,
-                method=record["method"],
-                facts={key: value for key, value in record.items() if key not in _COMMON},
-                like=record["like"],
-                dtype=None if record["dtype"] == "as the ingredients" else record["dtype"],
-                force=force,
-                **{option: record[option] for option in _OPTIONS if option in record},
-            )
-        except (KeyError, TypeError, AttributeError, IndexError) as error:
-            raise ValueError(f"{path} is not the record of a soup: {type(error).__name__}: {error}") from error
-
-    def _judge(self, checksums: Sequence[str]) -> None:
-        for ingredient, now, then in zip(self.ingredients, checksums, self.checksums, strict=True):
-            if now != then:
-                raise ValueError(f"{ingredient.path} has changed since {self.path} was written: its checksum differs")
+    record = read_json(Path(path))
+    try:
+        ingredients = record["ingredients"]
+        models = [Checkpoint(ingredient["path"]) for ingredient in ingredients]
+        weights = record.get("coefficients") or [ingredient["weight"] for ingredient in ingredients]
+        options: dict[str, Any] = {
+            "facts": {key: value for key, value in record.items() if key not in _COMMON},
+            "like": record["like"],
+            "dtype": None if record["dtype"] == "as the ingredients" else record["dtype"],
+            "force": force,
+            **{option: record[option] for option in _OPTIONS if option in record},
+        }
+        soup: Soup
+        if record["method"] == "fisher":
+            fishers = [one["path"] for one in record["fisher"]]
+            soup = Fisher(models, output, fisher=fishers, weights=weights, floor=record["floor"], **options)
+        else:
+            divisor = record["divisor"] if "coefficients" not in record else 1.0
+            soup = Soup(models, output, weights=weights, divisor=divisor, method=record["method"], **options)
+        soup.known = Path(path), [ingredient["checksum"] for ingredient in ingredients]
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"{path} is not the record of a soup: {type(error).__name__}: {error}") from error
+    return soup

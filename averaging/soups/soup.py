@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from averaging.checkpoints import Checkpoint, gather
@@ -24,7 +25,7 @@ from averaging.soups.template import find_template, named_like
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from averaging.soups.engine import Progress
+    from averaging.soups.engine import Mixer, Progress
 
 PathLike = str | os.PathLike[str] | Checkpoint
 Paths = Iterable[PathLike] | str | os.PathLike[str]
@@ -89,6 +90,7 @@ class Soup:
         self.formula, self.allow_nonfinite = formula, allow_nonfinite
         self.products: Products | None = None
         self.layers: list[tuple[re.Pattern[str], Soup]] = []
+        self.known: tuple[Path, list[str]] | None = None
         if formula is not None and allow_nonfinite:
             raise ValueError(
                 f"{method} measures the weights, which NaN and infinity would spoil; leave out "
@@ -201,6 +203,12 @@ class Soup:
             return {name: self._of(name)._shares for name in entries if entries[name].dtype in AVERAGED}
         return self.by_tensor
 
+    def mixer(self, *arguments: Any, **options: Any) -> Mixer:
+        """The pass that computes the soup; the arguments are those of `averaging.soups.engine.Mixer`."""
+        from averaging.soups.engine import Mixer
+
+        return Mixer(*arguments, **options)
+
     @property
     def _shares(self) -> list[float]:
         return [weight / self.divisor for weight in self.weights or [1.0] * len(self.ingredients)]
@@ -210,7 +218,13 @@ class Soup:
         return next((other for pattern, other in self.layers if pattern.search(name)), self)
 
     def _judge(self, checksums: Sequence[str]) -> None:
-        """Warn of ingredients that are the same."""
+        """Warn of ingredients that are the same; refuse those that are not what the record says, if there is one."""
+        if self.known is not None:
+            record, known = self.known
+            for ingredient, now, then in zip(self.ingredients, checksums, known, strict=True):
+                if now != then:
+                    raise ValueError(f"{ingredient.path} has changed since {record} was written: its checksum differs")
+            return
         seen: dict[str, Checkpoint] = {}
         for ingredient, checksum in zip(self.ingredients, checksums if self.twins else (), strict=self.twins):
             twin = seen.setdefault(checksum, ingredient)
@@ -245,7 +259,9 @@ def cook_all(soups: Sequence[Soup], progress: Progress | None = None) -> list[Ma
             Mix(soup.weights, soup.divisor, sink) if own is None else Mix(own, 1.0, sink)
             for soup, own, sink in zip(soups, measured, sinks, strict=True)
         ]
-        mixer = Mixer(first.ingredients, mixes, first.dtypes, allow_nonfinite=first.allow_nonfinite, progress=progress)
+        mixer = first.mixer(
+            first.ingredients, mixes, first.dtypes, allow_nonfinite=first.allow_nonfinite, progress=progress
+        )
         # What the ingredients do not hold is the mean of the model alone.
         copies = [Mix(None, 1.0, sink) for sink in sinks]
         copier = Mixer([first.model], copies, first.dtypes, allow_nonfinite=True)
