@@ -38,6 +38,8 @@ Average the weights of saved checkpoints.
                                          the same, and back towards sft/: out/eta-0, out/eta-0.1, ...
   soup a/ b/ c/ --method greedy --evaluate my_module:validation_loss -o out/
                                          those that do not make it worse
+  soup a/ b/ c/ --method learned --loss my_module:held_out -o out/
+                                         coefficients learned on held-out data
   soup inspect a/ b/ --init base/        norms, cosines between task vectors, distances to the mean
   soup runs/ --sweep window=1,2,5,10 --evaluate my_module:validation_loss
                                          the best of many averages
@@ -64,11 +66,13 @@ METHODS: dict[str, tuple[str, ...]] = {
     "fisher": ("fisher", "weights", "floor"),
     "greedy": (),
     "ranked": ("top",),
+    "learned": ("loss", "per", "normalize", "lr", "epochs", "seed"),
+    "search": ("per", "evaluations", "seed"),
 }
 COEFFICIENTS = ("alpha", "scale", "eta", "lambda")
 MOST = 1000  # values in a range
 ARGUMENTS = {"lambda": "share", "slerp_weights": "weights"}  # what some options are called in Python
-SEARCHES = ("greedy", "ranked")
+SEARCHES = ("greedy", "ranked", "learned", "search")
 EVALUATING = ("evaluate", "evaluate_command", "metric", "best", "plot")
 OWN = sorted({name for names in METHODS.values() for name in names})
 CHOICES = ("like", "dtype", "allow_nonfinite", "only", "skip")
@@ -165,7 +169,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--dtype", metavar="DTYPE", help="bfloat16, float16, float32 or float64 (default: unchanged)")
     result.add_argument("--allow-nonfinite", action="store_true", help="go on when a checkpoint holds NaN or infinity")
     search = p.add_argument_group(
-        "finding the best average, by --sweep of one run's checkpoints, --method greedy or ranked"
+        "finding the best average, by --sweep of one run's checkpoints, --method greedy, ranked, learned or search"
     )
     search.add_argument(
         "--sweep",
@@ -187,6 +191,20 @@ def parser() -> argparse.ArgumentParser:
         metavar="COMMAND",
         help="a command that prints the metric, or a JSON object of several; {checkpoint} in it is the average's path",
     )
+    search.add_argument(
+        "--loss",
+        metavar="MODULE:FUNCTION",
+        help="learned: the function that returns a model, its loss and held-out batches, (model, loss, batches), where "
+        "loss(model, batch) is a tensor with a gradient",
+    )
+    search.add_argument("--per", choices=("model", "layer"), help="learned, search: what has its own coefficients")
+    search.add_argument(
+        "--normalize", choices=("softmax", "none"), help="learned: positive coefficients of sum one (default), or any"
+    )
+    search.add_argument("--lr", type=float, help="learned: AdamW's learning rate (default 0.05)")
+    search.add_argument("--epochs", type=int, help="learned: how often all batches are gone through (default 5)")
+    search.add_argument("--evaluations", type=int, help="search: how many soups are evaluated (default 100)")
+    search.add_argument("--seed", type=int, help="learned, search: of the random numbers (default 0)")
     search.add_argument("--metric", metavar="NAME", help="which one, where the evaluation gives several")
     search.add_argument(
         "--minimize", dest="best", action="store_const", const="min", help="the lowest metric is best (default)"
@@ -332,30 +350,42 @@ def _sweep(options: argparse.Namespace) -> None:
 def _search(options: argparse.Namespace) -> None:
     from averaging.checkpoints import gather, select
     from averaging.soups.greedy import greedy, ranked
+    from averaging.soups.learned import learned
+    from averaging.soups.search import search
 
     began = time.monotonic()
     method = f"--method {options.method}"
     _refuse(options, method, "post_hoc", "at", *(name for name in OWN if name not in METHODS[options.method]))
-    evaluating = _evaluating(options, method)
+    evaluating = (_losing if options.method == "learned" else _evaluating)(options, method)
     models, output = select(gather(options.paths), options.last, options.every), _output(options)
     if options.dry_run:
         print("\n".join(f"{model.path} ({size(model.nbytes)})" for model in models))
         print(f"{len(models)} checkpoints to evaluate, and soups of them; the best to {output}")
         return
     choices: Any = {name: getattr(options, name) for name in (*CHOICES, "force")}
+    own = {name: value for name in METHODS[options.method] if (value := getattr(options, name)) is not None}
+    own.pop("loss", None)
+    if own.get("normalize") == "none":
+        own["normalize"] = None
     with _counter(hidden=options.quiet) as progress:
         settings = {"output": output, "progress": progress, **evaluating(output), **choices}
         if options.method == "ranked":
             if options.top is None:
                 raise ValueError("--method ranked needs --top")
             _refuse(options, method, "plot")
-            result = ranked(models, top=options.top, **settings)
+            result: Any = ranked(models, top=options.top, **settings)
         else:
-            result = greedy(models, plot=_plot(options, output, "greedy"), **settings)
+            methods: Any = {"greedy": greedy, "learned": learned, "search": search}
+            result = methods[options.method](models, plot=_plot(options, output, options.method), **settings, **own)
     if not options.quiet:
         print(result.table())
-        kept, seconds = sum(one.kept for one in result.tried), time.monotonic() - began
-        print(f"{output}: {options.method} soup of {kept} out of {len(models)}, {result.metric:.6g}, {seconds:.1f} s")
+        seconds = time.monotonic() - began
+        if options.method in ("learned", "search"):
+            what, metric = f"{options.method} soup of {len(models)}, best of {len(result.tried)}", result.best.metric
+        else:
+            what = f"{options.method} soup of {sum(one.kept for one in result.tried)} out of {len(models)}"
+            metric = result.metric
+        print(f"{output}: {what}, {metric:.6g}, {seconds:.1f} s")
 
 
 def _series(options: argparse.Namespace, coefficient: str) -> list[Soup]:
@@ -416,11 +446,30 @@ def _evaluating(options: argparse.Namespace, what: str) -> Callable[[str | Path 
     return lambda output: {**choices, "cache": None if output is None else f"{Path(output)}.evaluations.json"}
 
 
-def _function(text: str) -> Callable[[Checkpoint], float]:
+def _losing(options: argparse.Namespace, what: str) -> Callable[[str | Path], dict[str, Any]]:
+    """What learning takes that writes to a certain output: the model, its loss and batches, and where the state is."""
+    _refuse(options, what, *(name for name in EVALUATING if name != "plot"))
+    if options.loss is None:
+        raise ValueError(
+            f"{what} needs --loss MODULE:FUNCTION, which returns (model, loss, batches); for a metric without a "
+            "gradient there is --method search"
+        )
+    make = _function(options.loss, "--loss")
+    try:
+        model, loss, batches = make()
+    except Exception as error:
+        raise ValueError(
+            f"--loss {options.loss}: must return (model, loss, batches), but: {type(error).__name__}: {error}"
+        ) from error
+    choices = {"model": model, "loss": loss, "batches": batches}
+    return lambda output: {**choices, "cache": f"{Path(output)}.learned.json"}
+
+
+def _function(text: str, option: str = "--evaluate") -> Callable[..., Any]:
     """The function that ``text``, MODULE:FUNCTION, names; modules are also looked for in the current folder."""
     module, colon, name = text.partition(":")
     if not (module and colon and name):
-        raise ValueError(f"--evaluate {text}: give MODULE:FUNCTION, such as evaluation:loss")
+        raise ValueError(f"{option} {text}: give MODULE:FUNCTION, such as evaluation:loss")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
@@ -428,9 +477,9 @@ def _function(text: str) -> Callable[[Checkpoint], float]:
         for part in name.split("."):
             function = getattr(function, part)
     except Exception as error:
-        raise ValueError(f"--evaluate {text}: {type(error).__name__}: {error}") from error
+        raise ValueError(f"{option} {text}: {type(error).__name__}: {error}") from error
     if not callable(function):
-        raise ValueError(f"--evaluate {text}: {name} is not a function")
+        raise ValueError(f"{option} {text}: {name} is not a function")
     return function
 
 

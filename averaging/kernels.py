@@ -180,8 +180,7 @@ class Products:
         """Add the products of ``count`` tensors, all alike and flat, to ``total``; they may share memory."""
         wide = self._memory
         for i, block in enumerate(blocks):
-            if block.is_complex():
-                block = torch.view_as_real(block).reshape(-1)
+            block = _reals(block)
             if i == 0:
                 if self._memory.numel() < count * block.numel():
                     self._memory = torch.empty(count * block.numel(), dtype=torch.float64)
@@ -226,6 +225,17 @@ def add_square_(total: Tensor, gradient: Tensor, weight: float) -> None:
     """``total ← total + weight |gradient|²``, in place."""
     size = gradient.abs().to(total.dtype)
     total.addcmul_(size, size, value=weight)
+
+
+def project(blocks: Iterable[Tensor], direction: Tensor, total: Tensor) -> None:
+    """Add ⟨direction, xᵢ⟩ of each flat tensor to ``total``, in float64; of complex numbers the real part."""
+    wide = _reals(direction).double()
+    for i, block in enumerate(blocks):
+        total[i] += torch.dot(_reals(block).double(), wide)
+
+
+def _reals(flat: Tensor) -> Tensor:
+    return torch.view_as_real(flat).reshape(-1) if flat.is_complex() else flat
 
 
 def combine(

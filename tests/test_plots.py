@@ -65,6 +65,33 @@ def test_the_heat_map_of_a_sweep(paths, tmp_path, figures):
     assert [tick.get_text() for tick in axes.get_yticklabels()] == ["window 1", "window 3"]
 
 
+@pytest.mark.parametrize("per", ["model", "layer"])
+def test_coefficients(tmp_path, figures, per):
+    paths = [tmp_path / f"{name}.safetensors" for name in "abc"]
+    for path in paths:
+        layer = {"layers.0.weight": torch.randn(2, 3), "layers.0.bias": torch.zeros(2)}
+        save_file({**layer, "layers.1.weight": torch.randn(2, 2), "layers.1.bias": torch.zeros(2)}, path)
+    model = torch.nn.Module()
+    model.layers = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 2))
+    result = soups.learned(
+        paths,
+        model=model,
+        loss=lambda model, x: model.layers(x).square().mean(),
+        batches=[torch.randn(9, 3)],
+        per=per,
+        plot=tmp_path / "c.png",
+    )
+    assert is_png(tmp_path / "c.png")
+    axes = figures[0].axes[0]
+    if per == "model":
+        assert [bar.get_width() for bar in axes.patches] == result.coefficients["all"]
+        assert [tick.get_text() for tick in axes.get_yticklabels()] == [path.name for path in paths]
+    else:
+        assert axes.images[0].get_array().tolist() == [result.coefficients[f"layers.{i}"] for i in (0, 1)]
+        assert [tick.get_text() for tick in axes.get_yticklabels()] == ["layers.0", "layers.1"]
+        assert [tick.get_text() for tick in axes.get_xticklabels()] == [path.name for path in paths]
+
+
 SEARCHES = [["--method", "greedy"], ["--sweep", "window=1,2"]]
 
 

@@ -159,6 +159,7 @@ NAMES: dict[str, Callable[[], dict[str, Any]]] = {
     "Aligning a policy: anchors and resets": lambda: dict.fromkeys(("GRPOTrainer", "DPOTrainer"), transformers_trainer),
     "Aligning a policy: anchors and resets 2": with_a_reference,
     "From fine-tuned models": with_fine_tuned_models,
+    "From fine-tuned models 2": dict,
     "Choose the average afterwards": dict,
 }
 """For each Python block, what gives the names that it uses and does not define."""
@@ -200,6 +201,10 @@ def checkpoints(tmp_path, monkeypatch):
     model, trajectory = llama(), averaging.Trajectory("runs/trajectory", every=100)
     ema = averaging.PostHocEMA("runs/ema", snapshots=100)
     # What the block under "Choose the average afterwards" is, with a model and its validation.
+    Path("held_out.py").write_text(
+        "import torch\nvalidation_batches = [{'input_ids': torch.arange(8)[None], 'labels': torch.arange(8)[None]}]\n"
+        + blocks("python")["From fine-tuned models 2"]
+    )
     Path("evaluation.py").write_text(
         "def loss(weights): return sum(float(w.sum()) for w in weights.values())\n"
         "def rewards(weights): return {'one': loss(weights), 'other': -loss(weights)}\n"
@@ -215,6 +220,8 @@ def checkpoints(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("words", [words for words in commands() if words[0] == "soup"], ids=" ".join)
 def test_soup(words, checkpoints, capsys):
+    if "search" in words:
+        pytest.importorskip("cma")
     assert soup(words[1:]) == 0, capsys.readouterr().err
 
 

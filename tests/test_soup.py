@@ -439,6 +439,7 @@ def test_the_options_are_frozen():
         "--post-hoc", "--at", "--sweep", "--evaluate", "--metric", "--method", "--init", "--alpha", "--scale", "--eta",
         "--lambda", "--slerp-weights",
         "--decay", "--only", "--skip", "--top", "--evaluate-command", "--minimize", "--maximize", "--plot",
+        "--loss", "--per", "--normalize", "--lr", "--epochs", "--evaluations", "--seed",
         "--recipe", "--fisher", "--floor", "--allow-nonfinite", "--dry-run", "--force", "-q", "--quiet", "--debug",
     }  # fmt: skip
 

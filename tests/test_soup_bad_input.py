@@ -29,6 +29,9 @@ def folder(path, config=None, **tensors):
     return path
 
 
+CACHES = (".evaluations.json", ".learned.json")
+
+
 def snapshot(root):
     return {
         str(p.relative_to(root)): p.is_file() and p.stat().st_size < 10**7 and p.read_bytes() for p in root.rglob("*")
@@ -39,14 +42,17 @@ def snapshot(root):
 def refused(tmp_path, capsys):
     """Run the command, expect an error with these words, and nothing on the disk changed."""
 
-    def run(*arguments, says=()):
+    def run(*arguments, says=(), caching=False):
         (tmp_path / "old").mkdir(exist_ok=True)
         (tmp_path / "old" / "soup.json").write_text("{}")
         (tmp_path / "old" / "model.safetensors").write_bytes(b"old")
         out = [] if "-o" in arguments else ["-o", tmp_path / "old", "--force"]
         before = snapshot(tmp_path)
         assert cli.main([str(argument) for argument in [*arguments, *out]]) == 2
-        assert snapshot(tmp_path) == before
+        after = snapshot(tmp_path)
+        if caching:
+            after = {name: content for name, content in after.items() if not name.endswith(CACHES)}
+        assert after == before
         printed = capsys.readouterr()
         assert printed.out == ""
         assert printed.err.startswith("soup: error: ")
@@ -202,6 +208,67 @@ def test_outputs_that_are_not_fit(tmp_path, refused):
 def test_options_that_make_no_sense(tmp_path, refused, options, says):
     paths = [write(tmp_path / f"{i}.safetensors") for i in range(2)]
     refused(*paths, *options, says=[says])
+
+
+LEARNING = """
+import torch
+def task(): return torch.nn.Linear(3, 2), loss, [torch.ones(1, 3)]
+def loss(model, x): return model(x).sum()
+def nothing(): return None
+def missing(): raise OSError("no held-out data")
+def empty(): return *task()[:2], []
+def nan(): return task()[0], lambda model, x: model(x).sum() * nan_if(model.weight[0, 0] == 2), task()[2]
+def later(): return task()[0], lambda model, x: model(x).sum() * nan_if(torch.is_grad_enabled()), task()[2]
+def nan_if(condition): return float("nan") if condition else 1
+def flat(): return task()[0], lambda model, x: model(x).sum().detach(), task()[2]
+def number(): return task()[0], lambda model, x: 1.0, task()[2]
+def broken(): return task()[0], lambda model, x: x @ x, task()[2]
+def other(): return torch.nn.Linear(4, 2), loss, []
+def metric(weights): return float("nan") if weights["weight"][0, 0] == 2 else 1.0
+"""
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ("learned", ["--method learned needs --loss"]),
+        ("learned --loss here", ["--loss here: give MODULE:FUNCTION"]),
+        ("learned --loss HERE:gone", ["--loss", "no attribute 'gone'"]),
+        ("learned --loss HERE:nothing", ["must return (model, loss, batches)"]),
+        ("learned --loss HERE:missing", ["OSError", "no held-out data"]),
+        ("learned --loss HERE:empty", ["there are no batches"]),
+        ("learned --loss HERE:nan", ["the loss is nan for", "2.safetensors", "leave"]),
+        ("learned --loss HERE:later", ["the loss is nan for epoch 1, batch 1"]),
+        ("learned --loss HERE:flat", ["has no gradient"]),
+        ("learned --loss HERE:number", ["a tensor with a single number, not 1.0, for the uniform soup"]),
+        ("learned --loss HERE:broken", ["the loss raised RuntimeError for the uniform soup"]),
+        ("learned --loss HERE:other", ["'weight'", "shape", "another model"]),
+        ("learned --loss HERE:task --lr 0", ["lr=0.0"]),
+        ("learned --loss HERE:task --lr nan", ["lr=nan"]),
+        ("learned --loss HERE:task --epochs 0", ["epochs=0"]),
+        ("learned --loss HERE:task --last 1", ["at least two"]),
+        ("learned --loss HERE:task --evaluate HERE:metric", ["--evaluate has no meaning"]),
+        ("learned --loss HERE:task --evaluations 3", ["--evaluations has no meaning"]),
+        ("learned --loss HERE:task --plot x.txt", ["no name for a picture"]),
+        ("search", ["--method search needs --evaluate"]),
+        ("search --evaluate HERE:metric --loss HERE:task", ["--loss has no meaning"]),
+        ("search --evaluate HERE:metric --evaluations 3", ["evaluations=3", "4"]),
+        ("search --evaluate HERE:metric", ["returned nan for", "2.safetensors"]),
+        ("greedy --evaluate HERE:metric --per layer", ["--per has no meaning"]),
+    ],
+)
+def test_learning(tmp_path, refused, monkeypatch, options, says):
+    if options.startswith("search"):
+        pytest.importorskip("cma")
+    here = f"learning_{abs(hash(str(tmp_path)))}"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    (tmp_path / f"{here}.py").write_text(LEARNING)
+    paths = [
+        write(tmp_path / f"{i}.safetensors", weight=torch.full((2, 3), float(i)), bias=torch.ones(2)) for i in range(3)
+    ]
+    refused(*paths, "--method", *options.replace("HERE", here).split(), says=says, caching=True)
 
 
 def test_no_room(tmp_path, refused, monkeypatch):

@@ -5,9 +5,11 @@ from averaging.soups.ema import ema
 from averaging.soups.fisher import fisher, fisher_information
 from averaging.soups.greedy import Chosen, greedy, ranked
 from averaging.soups.inspection import Inspection, inspect
+from averaging.soups.learned import Learned, learned
 from averaging.soups.model_stock import model_stock
 from averaging.soups.post_hoc import post_hoc
 from averaging.soups.rewarded import rewarded
+from averaging.soups.search import search
 from averaging.soups.slerp import slerp
 from averaging.soups.sweep import Sweep, sweep
 from averaging.soups.task import task
@@ -19,6 +21,7 @@ __all__ = [
     "Chosen",
     "Curve",
     "Inspection",
+    "Learned",
     "Sweep",
     "curve",
     "ema",
@@ -26,10 +29,12 @@ __all__ = [
     "fisher_information",
     "greedy",
     "inspect",
+    "learned",
     "model_stock",
     "post_hoc",
     "ranked",
     "rewarded",
+    "search",
     "series",
     "slerp",
     "sweep",

@@ -83,7 +83,7 @@ def inspect(
 
     sums: dict[str, list[list[float]]] = {}
     for name, products in Gram(everything).measure().items():
-        for group in (ALL, _group(name)):
+        for group in (ALL, layer_of(name)):
             known = sums.setdefault(group, [[0.0] * len(everything) for _ in everything])
             sums[group] = [[a + b for a, b in zip(*rows, strict=True)] for rows in zip(known, products, strict=True)]
     first = 0 if init is None else 1
@@ -95,6 +95,12 @@ def inspect(
         {group: _figures(products, first) for group, products in sums.items()},
         [twins for twins in same.values() if len(twins) > 1],
     )
+
+
+def layer_of(name: str) -> str:
+    """``model.layers.3`` of ``model.layers.3.mlp.weight``; what has no number, by its module."""
+    found = re.match(r".*?\.\d+(?=\.|$)", name)
+    return found[0] if found else name.rpartition(".")[0] or name
 
 
 def _figures(products: Sequence[Sequence[float]], first: int) -> Figures:
@@ -118,9 +124,3 @@ def _figures(products: Sequence[Sequence[float]], first: int) -> Figures:
 
 def _root(square: float) -> float:
     return math.sqrt(max(square, 0.0))  # a difference may be negative by rounding
-
-
-def _group(name: str) -> str:
-    """``model.layers.3`` of ``model.layers.3.mlp.weight``; what has no number, by its module."""
-    found = re.match(r".*?\.\d+(?=\.|$)", name)
-    return found[0] if found else name.rpartition(".")[0] or name

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,6 +69,39 @@ def greedy_path(tried: Sequence[Tried], uniform: float, best: Best, metric: str)
     axes.set_ylabel(_better(metric, best))
     axes.set_title(f"greedy soup: {sum(one.kept for one in tried)} of {len(tried)} ingredients kept")
     _legend(axes)
+    return figure
+
+
+def coefficients(by_group: Mapping[str, Sequence[float]], paths: Sequence[str], title: str) -> Figure:
+    """What each ingredient is multiplied by: bars, or a heat map with a line for each group of layers."""
+    names = [Path(path).name for path in paths]
+    rows = list(by_group.values())
+    if len(rows) == 1:
+        figure = _figure(7, 1.6 + 0.35 * len(names))
+        axes = figure.add_subplot()
+        bars = axes.barh(range(len(names)), rows[0], color=BLUE, height=0.7)
+        axes.bar_label(bars, [f"{c:.3f}" for c in rows[0]], padding=4)
+        axes.axvline(1 / len(names), color=ORANGE, linestyle=":", label="uniform")
+        axes.set_yticks(range(len(names)), names)
+        axes.invert_yaxis()
+        axes.margins(x=0.15)
+        axes.set_xlabel("coefficient")
+        _legend(axes)
+    else:
+        from matplotlib.colors import TwoSlopeNorm
+
+        figure = _figure(min(16, 5 + 0.7 * len(names)), min(14, 2 + 0.28 * len(rows)))
+        axes = figure.add_subplot()
+        middle, everything = 1 / len(names), [c for row in rows for c in row]
+        norm = TwoSlopeNorm(middle, min(*everything, middle - 0.01), max(*everything, middle + 0.01))
+        image = axes.imshow(rows, cmap="PuOr_r", norm=norm, aspect="auto", interpolation="nearest")
+        shown = _few(range(len(rows)), 40)
+        axes.set_yticks(shown, [list(by_group)[i] for i in shown])
+        axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
+        axes.set_xlabel("ingredient")
+        axes.set_ylabel("layer")
+        figure.colorbar(image, label=f"coefficient (white: uniform, {middle:.3g})")
+    axes.set_title(title)
     return figure
 
 
@@ -140,10 +173,10 @@ def _figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _few(places: Iterable[int]) -> list[int]:
-    """At most about a dozen of ``places``, so that their labels do not run into each other."""
+def _few(places: Iterable[int], most: int = 12) -> list[int]:
+    """At most about ``most`` of ``places``, so that their labels do not run into each other."""
     places = list(places)
-    return places[:: max(1, math.ceil(len(places) / 12))]
+    return places[:: max(1, math.ceil(len(places) / most))]
 
 
 def _better(metric: str, best: Best) -> str:
