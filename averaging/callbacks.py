@@ -15,7 +15,7 @@ from numbers import Real
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
-from torch import nn
+from torch import distributed, nn
 
 import averaging
 from averaging.apply import load_into
@@ -196,8 +196,14 @@ class CallbackCore:
         )
 
     def observe(self, metrics: Mapping[str, Any], step: int) -> None:
-        """Tell the averagers what an evaluation measured."""
+        """Tell the averagers what an evaluation measured, in all processes what it measured in the first."""
         numbers = {name: float(value) for name, value in metrics.items() if isinstance(value, Real | torch.Tensor)}
+        if distributed.is_available() and distributed.is_initialized():
+            # What is decided by them must be the same everywhere, and Lightning's are each process's own without
+            # sync_dist: those that are logged count.
+            everywhere = [numbers]
+            distributed.broadcast_object_list(everywhere)
+            [numbers] = everywhere
         # Tensors made while Lightning validates could otherwise not be written to afterwards.
         with torch.inference_mode(False), torch.no_grad():
             for averager in self.averagers:

@@ -14,7 +14,18 @@ from torch import distributed, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
-from averaging import EMA, LAWA, ElasticReset, EMAAnchor, Reference, applied, load_into, named_weights, recalibrate
+from averaging import (
+    EMA,
+    LAWA,
+    SWAD,
+    ElasticReset,
+    EMAAnchor,
+    Reference,
+    applied,
+    load_into,
+    named_weights,
+    recalibrate,
+)
 from averaging.averager import Averager
 
 STEPS, ACCUMULATE, BATCH, CUT = 10, 2, 4, 3
@@ -189,6 +200,7 @@ def with_lightning(folder: Path) -> dict[str, Any]:
 
         def validation_step(self, batch, batch_idx):
             self.log("val_loss", self.net(*batch)["loss"], sync_dist=True)
+            self.log("own_loss", 1.0 + self.global_rank * (self.global_step > 4))
 
         def configure_optimizers(self):
             return torch.optim.Adam(self.parameters(), lr=0.05)
@@ -212,7 +224,8 @@ def with_lightning(folder: Path) -> dict[str, Any]:
                 self.weights[trainer.global_step] = clone(module.net)
 
         def on_train_epoch_end(self, trainer, module):
-            self.history.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+            metrics = trainer.callback_metrics
+            self.history.append({name: float(metrics[name]) for name in metrics if name.endswith("val_loss")})
 
     def run(output: Path, *callbacks: Any, resume: Path | None = None) -> tuple[Net, Recorder, Recorder]:
         pl.seed_everything(3)
@@ -238,11 +251,12 @@ def with_lightning(folder: Path) -> dict[str, Any]:
     written = record_writes(folder)
     straight = averaged(folder / "straight")
     resumed = averaged(folder / "resumed", resume=folder / "straight" / f"step={CUT}.ckpt")
-    reset = ElasticReset(4, 0.8)
-    _, before, after = run(folder / "reset", AveragingCallback(reset))
+    reset, swad = ElasticReset(4, 0.8), SWAD(1, metric="own_loss")
+    _, before, after = run(folder / "reset", AveragingCallback(reset, swad, evaluate="online"))
     return {
         "straight": straight, "resumed": resumed,
         "reset": {"before": before.weights, "after": after.weights, "average": dict(reset.average())},
+        "swad": {name.removeprefix("net."): tensor for name, tensor in swad.average().items()},
         "written": written, "collectives": collectives(),
     }  # fmt: skip
 
@@ -334,7 +348,10 @@ def with_a_loop(folder: Path) -> dict[str, Any]:
         trained = clone(net)
         load_into(model, kept[0])
         recalibrate(model, batches[: 2 + rank], forward=lambda model, batch: model(*batch))
-        return {**result(net, seen, *kept, anchor), "trained": trained, "policy": clone(policy)}
+        distributed.barrier()
+        rings = len([*(folder / "ring").iterdir()])
+        distributed.barrier()
+        return {**result(net, seen, *kept, anchor), "trained": trained, "policy": clone(policy), "rings": rings}
 
     count_collectives()
     straight = run()

@@ -20,12 +20,19 @@ def on_two_ranks(target: str, folder: Path) -> list[Any]:
     """What ``module:function`` returns for ``folder`` on rank 0 and on rank 1: tensors, and what holds them."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    run = subprocess.run(
-        [*command, __file__, target, str(folder)], capture_output=True, text=True, timeout=200, env=environment
-    )
+    with (
+        (folder / "output.txt").open("w") as output,
+        subprocess.Popen(
+            [*command, __file__, target, str(folder)], stdout=output, stderr=output, env=environment
+        ) as torchrun,
+    ):
+        try:
+            torchrun.wait(timeout=120)
+        finally:
+            torchrun.terminate()  # and it the ranks, should they wait for each other
     results = [folder / f"rank-{rank}.pt" for rank in range(2)]
     # Judged by what the ranks wrote: gloo sometimes aborts at exit.
-    assert all(result.exists() for result in results), run.stdout[-3000:] + run.stderr[-9000:]
+    assert all(result.exists() for result in results), (folder / "output.txt").read_text()[-9000:]
     return [torch.load(result) for result in results]
 
 

@@ -164,6 +164,20 @@ def test_elastic_resets_happen_on_all_ranks(engine, runs):
     assert {t for t in one["before"] if not equal(one["before"][t], one["after"][t])} == {4, 8}
 
 
+def test_decisions_are_those_of_the_first_rank(runs):
+    """Lightning's metrics are each process's own unless they are logged with sync_dist=True."""
+    _, first, second = runs("lightning")
+    assert equal(first["swad"], second["swad"])
+    seen = [first["reset"]["after"][t] for t in range(1, 9)]
+    for name, tensor in first["swad"].items():
+        torch.testing.assert_close(tensor.double(), torch.stack([w[name].double() for w in seen]).mean(0))
+
+
+def test_each_rank_keeps_its_snapshots_in_a_folder_of_its_own(runs):
+    _, *ranks = runs("a_loop")
+    assert [rank["straight"]["rings"] for rank in ranks] == [2, 2]
+
+
 def test_switches_and_references_are_the_same_everywhere(runs):
     _, first, second = runs("a_loop")
     one, other = first["straight"], second["straight"]

@@ -68,7 +68,8 @@ class SWAD(Averager):
         tolerance: r, at least 1: 1.3, or 1.2 where the loss is steep. (Where a loss is negative, l is as far above the
             mean as r would put it for a positive one.)
         metric: the name of the loss; by default what the callbacks call that of the online weights, or ``"val_loss"``.
-            Under DDP it must be the same in all processes: in Lightning log it with ``sync_dist=True``.
+            In several processes the trainers' callbacks go by what the first one logs (in Lightning its own validation
+            data's loss, unless logged with ``sync_dist=True``); in your own loop observe the same number in all.
         every: optimizer steps between absorptions, 1 by default.
         start, name, frozen, buffers: as in `Averager`.
 
