@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from averaging.checkpoints import Checkpoint
     from averaging.soups.engine import Progress
     from averaging.soups.soup import Soup
+    from averaging.soups.team import Team
 
 DESCRIPTION = """\
 Average the weights of saved checkpoints.
@@ -240,29 +241,46 @@ def inspect_parser() -> argparse.ArgumentParser:
     return p
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status."""
+def main(arguments: Sequence[str] | None = None, *, distributed: bool = False) -> int:
+    """Run the command; returns the exit status.
+
+    Args:
+        arguments: those of the command line by default.
+        distributed: share the work with the other processes that ``torchrun`` started, if it did.
+    """
     words = sys.argv[1:] if arguments is None else list(arguments)
     inspecting = words[:1] == ["inspect"]
     grammar = inspect_parser() if inspecting else parser()
     options = grammar.parse_args(words[inspecting:])
     if not options.paths and options.recipe is None:
         grammar.error("name checkpoints, or a folder of checkpoints, or a --recipe")
+    from averaging.soups.team import Team, torchrun
+
+    team = Team()
     try:
-        with _warnings_as_lines():
+        with _warnings_as_lines(), torchrun() if distributed else contextlib.nullcontext(team) as team:
+            if team.rank:
+                warnings.simplefilter("ignore")  # the first process says it
             if inspecting:
+                _alone(team, "soup inspect")
                 _inspect(options)
             else:
-                _run(options)
+                _run(options, team)
     except KeyboardInterrupt:
         _say("interrupted; nothing was written")
         return 130
     except (ValueError, OSError, MemoryError) as error:
         if options.debug:
             raise
-        _say(f"error: {_explain(error)}")
+        if team.rank == 0:  # which is told what went wrong in any other
+            _say(f"error: {_explain(error)}")
         return 2
     return 0
+
+
+def _alone(team: Team, what: str) -> None:
+    if team.size > 1:
+        raise ValueError(f"torchrun shares out the tensors of a soup; {what} runs in one process")
 
 
 def _inspect(options: argparse.Namespace) -> None:
@@ -271,34 +289,43 @@ def _inspect(options: argparse.Namespace) -> None:
     print(inspect(options.paths, options.init, only=options.only, skip=options.skip))
 
 
-def _run(options: argparse.Namespace) -> None:
+def _run(options: argparse.Namespace, team: Team) -> None:
     from averaging.soups.soup import cook_all
 
     began = time.monotonic()
-    if options.recipe is not None and _is_record(options.recipe):
-        soups = [_again(options)]
-    else:
+    again = options.recipe is not None and _is_record(options.recipe)
+    varied: list[str] = []
+    if not again:
         if options.recipe is not None:
             _take_recipe(options)
+        varied = [name for name in COEFFICIENTS if isinstance(getattr(options, name), list)]
         if options.sweep:
+            _alone(team, "--sweep")
             _sweep(options)
             return
         if options.method in SEARCHES:
+            _alone(team, f"--method {options.method}")
             _search(options)
             return
-        varied = [name for name in COEFFICIENTS if isinstance(getattr(options, name), list)]
         if varied and (options.evaluate or options.evaluate_command):
+            _alone(team, "an evaluation")
             _curve(options, varied[0])
             return
         what = f"--{varied[0]} without --evaluate or --evaluate-command" if varied else "a soup without a search"
         _refuse(options, what, *EVALUATING)
-        soups = _series(options, varied[0]) if varied else [_soup(options)]
+    soups: list[Soup] = []
+
+    def make() -> None:
+        soups.extend([_again(options)] if again else _series(options, varied[0]) if varied else [_soup(options)])
+
+    team.gather(make)
     if options.dry_run:
-        print("\n".join(map(_describe, soups)))
+        if team.rank == 0:
+            print("\n".join(map(_describe, soups)))
         return
-    with _bar(hidden=options.quiet) as progress:
-        cook_all(soups, progress)
-    if not options.quiet:
+    with _bar(hidden=options.quiet or team.rank > 0) as progress:
+        cook_all(soups, progress, team)
+    if not options.quiet and team.rank == 0:
         seconds = time.monotonic() - began
         for soup in soups:
             assert soup.output is not None
@@ -741,4 +768,5 @@ def _counter(hidden: bool) -> Iterator[Callable[[int, int, str], None] | None]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # A soup of its own where a training run that torchrun started calls the command `soup`, but one together here.
+    sys.exit(main(distributed=True))

@@ -338,7 +338,7 @@ def test_a_curve_is_every_soup_of_its_range_and_the_best_is_written(family, tmp_
 def test_the_ingredients_are_measured_once_for_a_curve(family, monkeypatch):
     init, paths, _, _ = family(2)
     calls, measure = [], engine.Gram.measure
-    monkeypatch.setattr(engine.Gram, "measure", lambda self: calls.append(1) or measure(self))
+    monkeypatch.setattr(engine.Gram, "measure", lambda self, names: calls.append(1) or measure(self, names))
     result = soups.curve("warp", paths, RANGE, rewards, init=init)
     assert (len(calls), result.metric, result.best, result.weights) == (1, None, None, None)
 

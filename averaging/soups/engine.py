@@ -13,7 +13,7 @@ import math
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -67,8 +67,7 @@ class _Pass:
         self.progress = progress
         self._lock = threading.Lock()
         self._stop = threading.Event()
-        self._done = 0
-        self._total = sum(ingredient.nbytes for ingredient in ingredients)
+        self._done = self._total = 0
 
     def run(self, groups: Sequence[Sequence[str]]) -> Iterator[int]:
         """Take the tensors named, group by group; yields the number of each group when it is finished.
@@ -81,6 +80,8 @@ class _Pass:
         """
         threads = _threads()
         self._stop.clear()
+        taken = [i.entries[name] for i in self.ingredients for names in groups for name in names]
+        self._done, self._total = 0, sum(entry.stop - entry.start for entry in taken)
         try:
             with ThreadPoolExecutor(threads, thread_name_prefix="soup") as pool:
                 try:
@@ -209,25 +210,8 @@ class Mixer(_Pass):
         self.dtypes = dtypes
         self.allow_nonfinite = allow_nonfinite
         self._parts: dict[str, list[bytearray]] = {}
-        self._digests: list[dict[str, bytes]] = [{} for _ in ingredients]
-
-    def checksums(self) -> list[str]:
-        """What identifies the content of each ingredient, whatever files and order its tensors are stored in.
-
-        Not of cryptographic strength against someone who wants a collision, but it comes at no cost. The bytes of a
-        tensor, padded with zeros to whole pieces of 256 KiB, are taken piece by piece as a 256 × 128 matrix of
-        little-endian 64-bit integers. Of every 32 pieces the SHA-256 of their row sums and column sums (modulo 2⁶⁴)
-        is taken, a tensor's digest is the SHA-256 of these, and the checksum is the SHA-256 over all tensors in the
-        order of their names: name, dtype and shape as a JSON-like line, and digest.
-        """
-        sums = []
-        for ingredient, digests in zip(self.ingredients, self._digests, strict=True):
-            total = hashlib.sha256()
-            for name in sorted(digests):
-                entry = ingredient.entries[name]
-                total.update(f"{name!r} {entry.dtype} {list(entry.shape)}\n".encode() + digests[name])
-            sums.append(f"piecesums-sha256:{total.hexdigest()}")
-        return sums
+        self.digests: list[dict[str, bytes]] = [{} for _ in ingredients]
+        """Of each ingredient the digests of the tensors mixed so far, by name."""
 
     def _begin(self, tensor: _Tensor, tasks: int) -> None:
         self._parts[tensor.name] = [bytearray(32 * tasks) for _ in tensor.sources]
@@ -259,7 +243,7 @@ class Mixer(_Pass):
             part[place] = digest.digest()
 
     def _end(self, tensor: _Tensor) -> None:
-        for known, part in zip(self._digests, self._parts.pop(tensor.name), strict=True):
+        for known, part in zip(self.digests, self._parts.pop(tensor.name), strict=True):
             known[tensor.name] = hashlib.sha256(part).digest()
 
     def _mix(self, own: Arithmetic, tensor: _Tensor, start: int, rows: Sequence[memoryview], buffers: _Buffers) -> None:
@@ -368,6 +352,26 @@ class FisherMixer(Mixer):
         return values
 
 
+def checksum(ingredient: Checkpoint, digests: Mapping[str, bytes]) -> str:
+    """What identifies the content of an ingredient, whatever files and order its tensors are stored in.
+
+    Not of cryptographic strength against someone who wants a collision, but it comes at no cost. The bytes of a
+    tensor, padded with zeros to whole pieces of 256 KiB, are taken piece by piece as a 256 × 128 matrix of
+    little-endian 64-bit integers. Of every 32 pieces the SHA-256 of their row sums and column sums (modulo 2⁶⁴)
+    is taken, a tensor's digest is the SHA-256 of these, and the checksum is the SHA-256 over all tensors in the
+    order of their names: name, dtype and shape as a JSON-like line, and digest.
+
+    Args:
+        ingredient: the checkpoint.
+        digests: those of its tensors, from `Mixer`.
+    """
+    total = hashlib.sha256()
+    for name in sorted(digests):
+        entry = ingredient.entries[name]
+        total.update(f"{name!r} {entry.dtype} {list(entry.shape)}\n".encode() + digests[name])
+    return f"piecesums-sha256:{total.hexdigest()}"
+
+
 class Gram(_Pass):
     """Measures x₀ and the differences xᵢ − x₀ of every floating-point tensor: all their inner products, in float64.
 
@@ -385,10 +389,10 @@ class Gram(_Pass):
         # All ingredients' blocks together, in float64, are to stay in the cache.
         self._block = max(PIECE // len(ingredients) // 16 * 16, 16)
 
-    def measure(self) -> dict[str, list[list[float]]]:
-        """The products of all floating-point tensors; raises as `run` does."""
+    def measure(self, names: Iterable[str] | None = None) -> dict[str, list[list[float]]]:
+        """The products of all floating-point tensors, or of those among ``names``; raises as `run` does."""
         entries = self.ingredients[0].entries
-        for _ in self.run([[name for name, entry in entries.items() if entry.dtype in AVERAGED]]):
+        for _ in self.run([[name for name in names or entries if entries[name].dtype in AVERAGED]]):
             pass
         return self.products
 

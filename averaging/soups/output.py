@@ -165,6 +165,15 @@ class Output:
                     raise OSError(error.errno, error.strerror, str(self.path)) from error
                 raise
 
+    @contextlib.contextmanager
+    def joining(self, paths: Sequence[Path], record: Mapping[str, Any]) -> Iterator[Writing]:
+        """Write into what another process is `writing`, whose temporary ``paths`` and ``record`` these are."""
+        writing = Writing(self.files, paths, self.record_path, record, create=False)
+        try:
+            yield writing
+        finally:
+            writing.close()
+
     def copied(self) -> list[Path]:
         """The files that are copied from the model."""
         if self.model.kind not in ("huggingface", "peft"):
@@ -258,18 +267,26 @@ class Writing:
     """An output being written; `sink` and `sync` may be called from any thread."""
 
     def __init__(
-        self, files: Sequence[File], paths: Sequence[Path], record_path: Path, record: Mapping[str, Any]
+        self,
+        files: Sequence[File],
+        paths: Sequence[Path],
+        record_path: Path,
+        record: Mapping[str, Any],
+        *,
+        create: bool = True,
     ) -> None:
-        self._files, self._paths, self._record_path = files, paths, record_path
+        self.paths, self._files, self._record_path = paths, files, record_path
         self._descriptors: list[int] = []
         self._places: dict[str, tuple[int, int]] = {}
         for file, path in zip(files, paths, strict=True):
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            flags = os.O_WRONLY | os.O_CLOEXEC | (os.O_CREAT | os.O_EXCL if create else 0)
+            descriptor = os.open(path, flags, 0o666)
             self._descriptors.append(descriptor)
             header, starts = self._header(file, record)
             for name, start in zip(file.tensors, starts, strict=True):
                 self._places[name] = (descriptor, start)
-            os.ftruncate(descriptor, len(header) + file.nbytes)
+            if create:
+                os.ftruncate(descriptor, len(header) + file.nbytes)
 
     def sink(self, name: str, offset: int, data: memoryview) -> None:
         """Write bytes of a tensor to their place."""

@@ -11,21 +11,24 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from averaging.checkpoints import Checkpoint, gather
-from averaging.soups.output import Output, check_alike
+from averaging.soups.output import Output, Writing, check_alike
+from averaging.soups.team import Team
 from averaging.soups.template import find_template, named_like
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor
 
-    from averaging.soups.engine import Mixer, Progress
+    from averaging.soups.engine import Mixer, Progress, Sink
 
 PathLike = str | os.PathLike[str] | Checkpoint
 Paths = Iterable[PathLike] | str | os.PathLike[str]
@@ -179,12 +182,18 @@ class Soup:
         """Compute the soup and write it, if it has an output."""
         return cook_all([self], progress)[0]
 
-    def measure(self, progress: Progress | None = None) -> Products | None:
+    def measure(
+        self, progress: Progress | None = None, team: Team | None = None, mine: Collection[str] | None = None
+    ) -> Products | None:
         """What the formula asks of the ingredients, if there is one: a pass over all of them, the first time."""
         from averaging.soups.engine import Gram
 
         if self.formula is not None and self.products is None:
-            self.products = Gram(self.ingredients, progress).measure()
+            entries, gram = self.ingredients[0].entries, Gram(self.ingredients, progress)
+            names = [name for name in entries if mine is None or name in mine]
+            parts = (team or Team()).gather(lambda: gram.measure(names))
+            found = {name: products for part in parts for name, products in part.items()}
+            self.products = {name: found[name] for name in entries if name in found}
         return self.products
 
     def measured(self, products: Products | None) -> Mapping[str, Sequence[float]] | None:
@@ -233,28 +242,35 @@ class Soup:
                 warnings.warn(f"{twin.path} and {ingredient.path} have the same content{effect}", stacklevel=5)
 
 
-def cook_all(soups: Sequence[Soup], progress: Progress | None = None) -> list[Mapping[str, Tensor]]:
+def cook_all(
+    soups: Sequence[Soup], progress: Progress | None = None, team: Team | None = None
+) -> list[Mapping[str, Tensor]]:
     """Cook soups that differ in nothing but their coefficients and outputs, reading the ingredients once for all.
 
     Args:
         soups: at least one; all with an output, or none.
         progress: called from time to time with the bytes read and the bytes to read.
+        team: the processes that share the work, if they have an output; each calls this. Only the first one warns.
 
     Returns:
         Of each soup what its ``cook`` returns. Either all of them are written or none.
     """
-    from averaging.soups.engine import Mix, Mixer
+    from averaging.soups.engine import Mix, Mixer, checksum
 
-    first = soups[0]
+    first, team = soups[0], team or Team()
+    sizes = {name: entry.stop - entry.start for name, entry in first.model.entries.items()}
+    mine = {*team.share(sizes)}
     held = first.ingredients[-1].entries.keys()
-    checksums: list[str] = []
     if progress is not None and first.formula is not None and first.products is None:
-        products, progress = first.measure(_half(progress, 0)), _half(progress, 1)
+        products, progress = first.measure(_half(progress, 0), team, mine), _half(progress, 1)
     else:
-        products = first.measure()
+        products = first.measure(None, team, mine)
     measured = [soup.measured(products) for soup in soups]
 
-    def mix(sinks: Sequence[Any], groups: Sequence[Sequence[str]]) -> Iterator[int]:
+    def mix(
+        sinks: Sequence[Sink], groups: Sequence[Sequence[str]], done: Callable[[int], object] = lambda number: None
+    ) -> list[dict[str, bytes]]:
+        """Mix group by group and tell of each one when it is finished; returns the digests of the ingredients."""
         mixes = [
             Mix(soup.weights, soup.divisor, sink) if own is None else Mix(own, 1.0, sink)
             for soup, own, sink in zip(soups, measured, sinks, strict=True)
@@ -266,11 +282,18 @@ def cook_all(soups: Sequence[Soup], progress: Progress | None = None) -> list[Ma
         copies = [Mix(None, 1.0, sink) for sink in sinks]
         copier = Mixer([first.model], copies, first.dtypes, allow_nonfinite=True)
         others = [[name for name in group if name not in held] for group in groups]
-        copied = copier.run(others) if any(others) else groups
+        copied = copier.run(others) if any(others) else range(len(groups))
         mixed = mixer.run([[name for name in group if name in held] for group in groups])
         for number, _ in zip(mixed, copied, strict=True):
-            yield number
-        checksums.extend(mixer.checksums())
+            done(number)
+        return mixer.digests
+
+    def judged(parts: Sequence[Sequence[Mapping[str, bytes]]]) -> list[str]:
+        """The ingredients' checksums, from the digests of all their tensors; warns of those that are the same."""
+        of_each = [{name: digest for part in own for name, digest in part.items()} for own in zip(*parts, strict=True)]
+        checksums = [checksum(ingredient, own) for ingredient, own in zip(first.ingredients, of_each, strict=True)]
+        first._judge(checksums)
+        return checksums
 
     if first.output is None:
         import torch
@@ -278,7 +301,7 @@ def cook_all(soups: Sequence[Soup], progress: Progress | None = None) -> list[Ma
         shapes = {name: entry.shape for name, entry in first.model.entries.items()}
         kept = [{n: torch.empty(shapes[n], dtype=getattr(torch, first.dtypes[n])) for n in shapes} for _ in soups]
 
-        def keeper(weights: dict[str, Tensor]) -> Any:
+        def keeper(weights: dict[str, Tensor]) -> Sink:
             views = {name: tensor.reshape(-1).view(torch.uint8).numpy().data for name, tensor in weights.items()}
 
             def keep(name: str, offset: int, data: memoryview) -> None:
@@ -286,29 +309,42 @@ def cook_all(soups: Sequence[Soup], progress: Progress | None = None) -> list[Ma
 
             return keep
 
-        for _ in mix([keeper(weights) for weights in kept], [list(shapes)]):
-            pass
-        first._judge(checksums)
+        judged([mix([keeper(weights) for weights in kept], [list(shapes)])])
         return [*kept]
     outputs = [soup.output for soup in soups if soup.output is not None]
     first.output.check_room(len(outputs))
-    with ExitStack() as stack, ThreadPoolExecutor(1) as flusher:
-        writings = [
-            stack.enter_context(output.writing(soup.record(own)))
-            for soup, output, own in zip(soups, outputs, measured, strict=True)
-        ]
-        groups = [list(file.tensors) for file in first.output.files]
-        # A finished shard goes to the disk while the next one is mixed.
-        flushed = [
-            flusher.submit(writing.sync, number)
-            for number in mix([writing.sink for writing in writings], groups)
-            for writing in writings
-        ]
-        for future in flushed:
-            future.result()
-        first._judge(checksums)
-        for soup, own, writing in zip(soups, measured, writings, strict=True):
-            writing.finish(soup.record(own, checksums))
+    records = [soup.record(own) for soup, own in zip(soups, measured, strict=True)]
+    groups = [[name for name in file.tensors if name in mine] for file in first.output.files]
+    with ExitStack() as stack:
+        writings: list[Writing] = []
+
+        def begin() -> list[Sequence[Path]]:
+            if team.rank == 0:
+                writings.extend(map(stack.enter_context, map(Output.writing, outputs, records)))
+            return [writing.paths for writing in writings]
+
+        def work() -> list[dict[str, bytes]]:
+            if team.rank:
+                writings.extend(map(stack.enter_context, map(Output.joining, outputs, paths, records)))
+            with ThreadPoolExecutor(1) as flusher:
+                flushed: list[Future[None]] = []
+
+                def flush(number: int) -> None:
+                    # A finished shard goes to the disk while the next one is mixed.
+                    flushed.extend(flusher.submit(writing.sync, number) for writing in writings)
+
+                digests = mix([writing.sink for writing in writings], groups, flush)
+                for future in flushed:
+                    future.result()
+            return digests
+
+        paths = team.gather(begin)[0]
+        parts = team.gather(work)
+        if team.rank == 0:
+            checksums = judged(parts)
+            for soup, own, writing in zip(soups, measured, writings, strict=True):
+                writing.finish(soup.record(own, checksums))
+    team.gather(lambda: None)  # nobody is done before all is in its place
     return [Checkpoint(output.path) for output in outputs]
 
 
