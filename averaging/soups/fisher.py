@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Unpack, get_args
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from averaging.soups.engine import Mixer, Progress
+    from averaging.soups.team import Team
 
 FISHER_FILE = "fisher.safetensors"
 Labels = Literal["expected", "sampled", "given"]
@@ -268,8 +269,10 @@ class Fisher(Soup):
         fisher.entries = names
         return named_like(self.model, [fisher])[0]
 
-    def measure(self, progress: Progress | None = None) -> Products | None:
-        """The checksums of the Fishers, and what their floor is; no products."""
+    def measure(
+        self, progress: Progress | None = None, team: Team | None = None, mine: Collection[str] | None = None
+    ) -> Products | None:
+        """The checksums of the Fishers, and what their floor is, which every process needs; no products."""
         from averaging.soups.engine import Gram
 
         for place, one in zip(self.facts["fisher"], self.fishers, strict=True):
