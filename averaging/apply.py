@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from averaging.kernels import rounded
+from averaging.shards import abandon_forward, reshard
 from averaging.weights import Weights, every_name
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ def applied(model: nn.Module, weights: Average | Weights) -> Iterator[Weights]:
 
     Tensors are paired by name and copied in place, so optimizers, compiled graphs and DDP keep working.
     The model's own weights come back also after an exception or Ctrl-C, whatever happened inside.
+    Where the model is sharded (FSDP2, tensor parallelism) each process does this with its own shards.
 
         with applied(model, ema):
             evaluate(model)
@@ -43,8 +45,11 @@ def applied(model: nn.Module, weights: Average | Weights) -> Iterator[Weights]:
     try:
         _write(pairs.values())
         yield online
+    except BaseException:
+        abandon_forward(model)
+        raise
     finally:
-        _write_uninterrupted([(target, online[name]) for name, (target, _) in pairs.items()])
+        _write_uninterrupted(model, [(target, online[name]) for name, (target, _) in pairs.items()])
 
 
 def load_into(model: nn.Module, weights: Average | Weights) -> None:
@@ -58,7 +63,7 @@ def load_into(model: nn.Module, weights: Average | Weights) -> None:
     Raises:
         ValueError: a name the model does not have, or a shape that differs; the model is then unchanged.
     """
-    _write_uninterrupted(_pair(model, weights).values())
+    _write_uninterrupted(model, _pair(model, weights).values())
 
 
 def _pair(model: nn.Module, weights: Average | Weights) -> Mapping[str, tuple[Tensor, Tensor]]:
@@ -95,11 +100,12 @@ def _write(pairs: Collection[tuple[Tensor, Tensor]]) -> None:
         target.copy_(rounded(source, target.dtype) if source.dtype == torch.float64 else source)
 
 
-def _write_uninterrupted(pairs: Collection[tuple[Tensor, Tensor]]) -> None:
+def _write_uninterrupted(model: nn.Module, pairs: Collection[tuple[Tensor, Tensor]]) -> None:
     """Write all ``pairs`` even if Ctrl-C is pressed meanwhile: half of one set of weights is none."""
     interrupted: KeyboardInterrupt | None = None
     while True:
         try:
+            reshard(model)  # or it would go on with what an evaluation has gathered
             _write(pairs)
             break
         except KeyboardInterrupt as exception:

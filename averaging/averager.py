@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, Protocol, Self
+from typing import Any, ClassVar, Literal, Protocol, Self
 
 import torch
 from torch import nn
@@ -19,6 +19,7 @@ from averaging import kernels
 from averaging.atomic import replacing
 from averaging.memory import SnapshotFile, WrittenFile, save_weights
 from averaging.schedule import Length, Run, Schedule, Span
+from averaging.shards import is_shard, local, process
 from averaging.text import place, size
 from averaging.weights import Binding, Weights
 
@@ -68,6 +69,9 @@ class Averager(ABC):
         ValueError, TypeError: an argument that is out of range or of the wrong kind.
     """
 
+    shardable: ClassVar[bool] = True
+    """Whether it can average weights of which each process holds a part."""
+
     write_backs: Length | None = None
     """How often training is to go on from the weights that `write_back` gives, from ``start`` on; None for never."""
 
@@ -97,6 +101,7 @@ class Averager(ABC):
         self.run = Run()
         self._schedule: Schedule | None = None
         self._binding: Binding | None = None
+        self._shards: Weights = {}  # those of the weights, as they are in the model, of which this process holds a part
         self._clear()
 
     def _clear(self) -> None:
@@ -303,6 +308,8 @@ class Averager(ABC):
     def bind(self, model: nn.Module | Weights) -> Weights:
         """The weights of ``model`` that are averaged, checked against those absorbed so far.
 
+        Of sharded weights (FSDP2, tensor parallelism) they are what this process holds.
+
         Raises:
             ValueError: a tensor is missing, new, or of another shape or dtype.
         """
@@ -314,8 +321,15 @@ class Averager(ABC):
             else:
                 self._binding = Binding(model, frozen=self.frozen, buffers=self.buffers)
                 weights = self._binding.weights
+            tensors: Weights = self._binding.tensors
         else:
-            weights = model
+            weights, tensors = {name: local(tensor) for name, tensor in model.items()}, model
+        self._shards = {name: tensor for name, tensor in tensors.items() if is_shard(tensor)}
+        if self._shards and not self.shardable:
+            raise ValueError(
+                f"the weights are sharded by FSDP2 or tensor parallelism, and {type(self).__name__} stores whole ones: "
+                "train with DDP, or keep another average"
+            )
         layout = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in weights.items()}
         if self._layout is None:
             self._layout = layout
@@ -346,7 +360,7 @@ class Averager(ABC):
         """Forget everything absorbed, for a new run or for one that has already come so far."""
         self._clear()
         self.step, self.epoch = step, epoch
-        self._binding = None
+        self._binding, self._shards = None, {}
         self.restore({}, {})
 
     # ------------------------------------------------------------------ state
@@ -370,9 +384,15 @@ class Averager(ABC):
     def state_dict(self) -> dict[str, Any]:
         """The whole state: dicts, tensors and numbers only, so that ``torch.load(weights_only=True)`` reads it.
 
-        The tensors are those the averager works with, not copies.
+        The tensors are those the averager works with, not copies. Where weights are sharded they are this process's
+        part, which `load_state_dict` takes only in the same process of as many.
         """
-        return {**self.numbers(), "tensors": {group: dict(weights) for group, weights in self.tensors().items()}}
+        part = {"process": process()} if self._shards else {}
+        return {
+            **self.numbers(),
+            **part,
+            "tensors": {group: dict(weights) for group, weights in self.tensors().items()},
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` gave; nothing is changed when it does not fit.
@@ -391,6 +411,11 @@ class Averager(ABC):
                 raise ValueError(
                     f"this state was written by a later version of averaging (format {version}, this one reads up to "
                     f"{STATE_VERSION}): upgrade averaging"
+                )
+            if (part := state.get("process", process())) != process():
+                raise ValueError(
+                    f"this is process {part[0]}'s part of the state of {part[1]} processes, but this is process "
+                    f"{process()[0]} of {process()[1]}: give each its own"
                 )
             layout = {name: (tuple(shape), getattr(torch, dtype)) for name, (shape, dtype) in state["layout"].items()}
             for group, weights in state["tensors"].items():
@@ -424,6 +449,8 @@ class Averager(ABC):
     @contextmanager
     def saving(self, folder: str | os.PathLike[str]) -> Iterator[Path]:
         """`save`, where the ``with`` block may add files of its own to the unfinished folder that it is given."""
+        if self._shards:
+            raise ValueError("sharded weights: save each process's state_dict()")
         folder = Path(os.path.abspath(folder))
         written = {}
         with replacing(folder) as staging:
@@ -507,7 +534,7 @@ class Averager(ABC):
 
     def __getstate__(self) -> dict[str, Any]:
         # The binding refers to the model's own tensors: a pickled averager finds them again by name.
-        return {**self.__dict__, "_binding": None}
+        return {**self.__dict__, "_binding": None, "_shards": {}}
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("on_") or name in ("setup", "state_key"):

@@ -51,6 +51,7 @@ from averaging.callbacks import (
     by_name,
     home,
     leading,
+    refuse_shards,
 )
 from averaging.randomness import random_state
 from averaging.weights import Weights, every_name, first_names
@@ -164,6 +165,7 @@ class AveragingCallback(CallbackCore, Callback):
         if self._online is not None and _holds(pl_module, self.average):
             load_into(pl_module, self._online)
         self._online = None
+        refuse_shards(pl_module)
         batches = trainer.num_training_batches
         steps_per_epoch = total = None
         if isinstance(batches, int):

@@ -45,6 +45,7 @@ from averaging.callbacks import (
     by_name,
     home,
     leading,
+    refuse_shards,
 )
 from averaging.randomness import random_state
 from averaging.schedule import Span
@@ -102,6 +103,7 @@ class AveragingCallback(CallbackCore, TrainerCallback):
                 "averaging under DeepSpeed and FSDP is not supported: train with DDP, or average the saved "
                 "checkpoints afterwards with `soup`"
             )
+        refuse_shards(trainer.model)
         steps_per_epoch = _steps_per_epoch(args, kwargs.get("train_dataloader"))
         for averager in self.averagers:
             averager.reset(state.global_step, state.epoch or 0.0)

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from averaging.shards import fsdp_modules, is_shard, local, reshard
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -38,27 +40,23 @@ def _averageable(tensor: Tensor) -> bool:
     return (tensor.is_floating_point() or tensor.is_complex()) and (tensor.itemsize > 1)
 
 
-def _refuse_sharded(module: nn.Module) -> None:
-    """Raise for engines whose parameters are not the whole weights: their average would be silently wrong."""
+def _refuse_engines(module: nn.Module) -> None:
+    """Raise for engines whose parameters are not where training writes: their average would be silently wrong."""
     for part in module.modules():
         if type(part).__name__ == "FullyShardedDataParallel":
             raise ValueError(
-                "the model is sharded by FullyShardedDataParallel (FSDP1), which is not supported: "
-                "train with DDP, or average the saved checkpoints afterwards with `soup`"
+                "the model is sharded by FullyShardedDataParallel (FSDP1), which is not supported, as it tells nobody "
+                "when its parameters are the shards: use FSDP2 (fully_shard) or DDP, or average the saved checkpoints "
+                "afterwards with `soup`"
             )
     for name, parameter in module.named_parameters():
-        engine = None
         if hasattr(parameter, "ds_id"):
-            engine = "DeepSpeed ZeRO-3"
-        elif type(parameter).__name__ == "DTensor" or hasattr(parameter, "placements"):
-            engine = "FSDP2 or tensor parallelism (DTensor)"
-        elif parameter.is_meta:
-            engine = "the meta device"
-        if engine:
             raise ValueError(
-                f"parameter {name!r} is held by {engine}, which is not supported: "
-                "train with DDP, or average the saved checkpoints afterwards with `soup`"
+                f"parameter {name!r} is held by DeepSpeed ZeRO-3, which is not supported, as it keeps the weights "
+                "elsewhere: use FSDP2 (fully_shard) or DDP, or average the saved checkpoints afterwards with `soup`"
             )
+        if parameter.is_meta:
+            raise ValueError(f"parameter {name!r} is on the meta device, without values: materialize the model first")
 
 
 def _refuse_lazy(name: str, tensor: Tensor) -> None:
@@ -72,14 +70,19 @@ class Binding:
 
     Walking a large model's modules costs as much as averaging a small one's weights. The walk is repeated
     only when a parameter was replaced, frozen or unfrozen since.
+
+    Attributes:
+        tensors: name → parameter or buffer, as it is in the model.
     """
 
     def __init__(self, module: nn.Module, *, frozen: bool = False, buffers: bool = False) -> None:
         self.module = module
         inner = unwrap(module)
-        _refuse_sharded(inner)
+        _refuse_engines(inner)
+        self._sharding = fsdp_modules(inner)
+        reshard(inner)
         self._watched: list[tuple[dict[str, Tensor | None], str, Tensor, bool]] = []
-        self.weights: dict[str, Tensor] = {}
+        self.tensors: dict[str, Tensor] = {}
         seen: set[int] = set()
         for prefix, part in inner.named_modules():
             # A scripted module's parameters are no dict, and none of them can be replaced.
@@ -93,7 +96,7 @@ class Binding:
                 name = _plain(f"{prefix}.{key}" if prefix else key)
                 _refuse_lazy(name, parameter)
                 if _averageable(parameter) and (frozen or parameter.requires_grad):
-                    self.weights[name] = parameter
+                    self.tensors[name] = parameter
         if buffers:
             # Only those that a checkpoint holds: the others are computed from the configuration.
             passing = {
@@ -103,15 +106,25 @@ class Binding:
             }
             for name, buffer in inner.named_buffers():
                 if _averageable(buffer) and id(buffer) not in passing:
-                    self.weights[_plain(name)] = buffer
-        if not self.weights:
+                    self.tensors[_plain(name)] = buffer
+        if not self.tensors:
             raise ValueError(
                 f"{type(inner).__name__} has nothing to average: none of its floating-point parameters requires "
                 "grad. Unfreeze some before training starts, or pass frozen=True to average frozen ones too"
             )
 
+        self._whole = not any(is_shard(tensor) for tensor in self.tensors.values())
+
+    @property
+    def weights(self) -> Weights:
+        """What this process holds of the tensors."""
+        # Afresh each time: FSDP2 may exchange the tensor behind a parameter, which stays the same object.
+        return self.tensors if self._whole else {name: local(tensor) for name, tensor in self.tensors.items()}
+
     def is_current(self, module: nn.Module) -> bool:
         """Whether ``module`` is the model bound, with the same parameters, frozen as they were."""
+        for part in self._sharding:
+            part.reshard()
         # A plain loop: this runs at every update, and a generator would take three times as long.
         for owner, key, parameter, trained in self._watched:
             if owner.get(key) is not parameter or parameter.requires_grad is not trained:
@@ -124,7 +137,8 @@ def named_weights(model: nn.Module, *, frozen: bool = False, buffers: bool = Fal
 
     By default its floating-point (or complex) parameters that require grad, each once: a tied weight appears
     under its first name only. Names are those of the bare model, without what DistributedDataParallel and
-    torch.compile add to them.
+    torch.compile add to them. Of a model that is sharded by FSDP2 or tensor parallelism, the tensors are the shards
+    that this process holds.
 
     Args:
         model: the model, wrapped or not.
@@ -138,15 +152,23 @@ def named_weights(model: nn.Module, *, frozen: bool = False, buffers: bool = Fal
 
 
 def every_name(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """All parameters and buffers of ``model`` under all their names, those of tied weights included."""
+    """All parameters and buffers of ``model`` under all their names, those of tied weights included.
+
+    Of a sharded one what this process holds; a tied weight is the same object under each of its names.
+    """
     inner = unwrap(model)
+    reshard(inner)
+    shards: dict[int, Tensor] = {}
     for name, tensor in (*inner.named_parameters(remove_duplicate=False), *inner.named_buffers(remove_duplicate=False)):
         _refuse_lazy(_plain(name), tensor)
+        if is_shard(tensor):
+            tensor = shards.setdefault(id(tensor), local(tensor))
         yield _plain(name), tensor
 
 
 def first_names(model: nn.Module) -> dict[str, str]:
     """Every name that ``model.state_dict()`` may use → the name under which `named_weights` has that tensor."""
+    reshard(model)
     first: dict[int, str] = {}
     return {
         name: first.setdefault(id(tensor), _plain(name))

@@ -1,6 +1,6 @@
-"""Run a function on two processes under torchrun, and bring back what it returned on each.
+"""Run a function on several processes under torchrun, and bring back what it returned on each.
 
-first, second = on_two_ranks("ddp_runs:with_lightning", tmp_path)
+first, second = on_ranks(2, "ddp_runs:with_lightning", tmp_path)
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import torch
 from torch import distributed
 
 
-def on_two_ranks(target: str, folder: Path) -> list[Any]:
-    """What ``module:function`` returns for ``folder`` on rank 0 and on rank 1: tensors, and what holds them."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+def on_ranks(count: int, target: str, folder: Path) -> list[Any]:
+    """What ``module:function`` returns for ``folder`` on rank 0, 1 and so on: tensors, and what holds them."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count), "--standalone"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     with (
         (folder / "output.txt").open("w") as output,
@@ -30,7 +30,7 @@ def on_two_ranks(target: str, folder: Path) -> list[Any]:
             torchrun.wait(timeout=120)
         finally:
             torchrun.terminate()  # and it the ranks, should they wait for each other
-    results = [folder / f"rank-{rank}.pt" for rank in range(2)]
+    results = [folder / f"rank-{rank}.pt" for rank in range(count)]
     # Judged by what the ranks wrote: gloo sometimes aborts at exit.
     assert all(result.exists() for result in results), (folder / "output.txt").read_text()[-9000:]
     return [torch.load(result) for result in results]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from ddp_runs import CUT, STEPS
-from ranks import on_two_ranks
+from ranks import on_ranks
 from safetensors.torch import load_file
 
 
@@ -21,7 +21,7 @@ def runs(tmp_path_factory):
         pytest.importorskip({"lightning": "lightning.pytorch", "a_loop": "torch"}.get(engine, engine))
         if engine not in done:
             folder = tmp_path_factory.mktemp(engine)
-            done[engine] = folder, *on_two_ranks(f"ddp_runs:with_{engine}", folder)
+            done[engine] = folder, *on_ranks(2, f"ddp_runs:with_{engine}", folder)
         return done[engine]
 
     return of

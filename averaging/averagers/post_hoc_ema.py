@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
@@ -58,6 +58,8 @@ class PostHocEMA(Averager):
     Raises:
         ValueError: a width out of range, or one given twice.
     """
+
+    shardable: ClassVar[bool] = False
 
     def __init__(
         self,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
@@ -51,6 +51,8 @@ class Trajectory(Averager):
     Raises:
         ValueError: another dtype.
     """
+
+    shardable: ClassVar[bool] = False
 
     def __init__(
         self,

@@ -1,0 +1,257 @@
+"""Runs of models that are sharded over the processes, beside what the weights gathered from them give."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from ddp_runs import collectives, count_collectives
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+from averaging import (
+    BEMA,
+    EMA,
+    LAWA,
+    SWA,
+    ElasticReset,
+    EMAAnchor,
+    Reference,
+    Trajectory,
+    applied,
+    load_into,
+    named_weights,
+)
+from averaging.averager import Averager
+
+STEPS = 6
+
+
+class Net(nn.Module):
+    """Shards of 16 and 15 rows and of 1 and 0, a tied weight and frozen ones; with two processes."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.tokens = nn.Embedding(6, 8)
+        self.inner, self.outer, self.scale = nn.Linear(8, 31), nn.Linear(31, 8), nn.Linear(8, 1)
+        self.head = nn.Linear(8, 6, bias=False)
+        self.head.weight = self.tokens.weight
+        self.inner.bias.requires_grad_(False)
+        self.to(dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.outer(self.inner(self.tokens(x)).tanh())
+        return self.head(hidden * self.scale(hidden))
+
+
+def fsdp(net: Net, **policy: Any) -> Net:
+    mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
+    for part in (net.inner, net.outer, net):  # the embedding and the scale are the root's
+        fully_shard(part, mesh=mesh, **policy)
+    return net
+
+
+def tensor_parallel(net: Net, mesh: Any = None) -> Net:
+    """By rows and by columns, a bias in each process, the rest plain."""
+    mesh = mesh or init_device_mesh("cpu", (distributed.get_world_size(),))
+    plan = {"inner": ColwiseParallel(use_local_output=False), "outer": RowwiseParallel()}
+    return parallelize_module(net, mesh, plan)
+
+
+def batch(step: int, different: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+    seed = 100 * step + (distributed.get_rank() if different else 0)
+    x = torch.randint(6, (12,), generator=torch.Generator().manual_seed(seed))
+    return x, (x * 5 + 1) % 6
+
+
+def loss(net: Net, step: int, different: bool = True) -> torch.Tensor:
+    x, y = batch(step, different)
+    return nn.functional.cross_entropy(net(x).float(), y)
+
+
+def gathered(net: nn.Module, **which: Any) -> dict[str, torch.Tensor]:
+    """The whole trained weights, copied; every process takes part."""
+    for part in net.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+    return {
+        name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
+        for name, p in net.named_parameters()
+        if p.requires_grad
+    }
+
+
+def whole(net: nn.Module, weights: Any) -> dict[str, torch.Tensor]:
+    """``weights``, this process's parts of ``net``'s, gathered."""
+    parameters = dict(net.named_parameters())
+    out = {}
+    for name, part in weights.items():
+        like = parameters[name]
+        if isinstance(like, DTensor):
+            part = DTensor.from_local(
+                part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+            ).full_tensor()
+        out[name] = part.clone()
+    return out
+
+
+def same(one: Any, other: Any) -> bool:
+    return one.keys() == other.keys() and all(
+        one[key].dtype == other[key].dtype and torch.equal(one[key], other[key]) for key in one
+    )
+
+
+def averagers(folder: Path) -> list[Averager]:
+    return [
+        LAWA(k=3, every=2, name="lawa-device", memory="device"),
+        LAWA(k=3, every=2, name="lawa-cpu"),
+        LAWA(k=3, every=2, name="lawa-disk", memory=folder / "ring"),
+        EMA(0.8),
+        EMA(0.8, compensated=True, name="ema-wide"),
+        SWA(start=0, every=1),
+        BEMA(every=2),
+    ]
+
+
+def train(
+    net: Net,
+    kept: list[Averager] = (),  # type: ignore[assignment]
+    look: Callable[[int], None] = lambda step: None,
+    different: bool = True,
+    start: int = 0,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> dict[str, Any]:
+    """Train ``net``; beside ``kept`` run averagers of what is gathered, and hold both together after every step."""
+    optimizer = optimizer or torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr=0.05)
+    references = copy.deepcopy(list(kept))
+    right: dict[str, bool] = {}
+    written_back: list[tuple[int, str]] = []
+    offer = [(average, reference) for average, reference in zip(kept, references, strict=True)]
+    for step in range(start, STEPS + 1):
+        if step > start or start:
+            loss(net, step, different).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        whole_weights = gathered(net)
+        for average, reference in offer:
+            restart = average.update(net, step)
+            expected = reference.update(whole_weights, step)
+            if restart is not None:
+                written_back.append((step, average.name))
+                load_into(net, restart)
+                right[f"{average.name} goes on"] = same(gathered(net), expected)
+            for rounded in (False, True) if average.ready else ():
+                key = f"{average.name} {'rounded' if rounded else 'wide'}"
+                value = whole(net, average.average(rounded=rounded))
+                right[key] = right.get(key, True) and same(value, reference.average(rounded=rounded))
+        look(step)
+    return {"right": right, "written_back": written_back, "final": gathered(net)}
+
+
+class Interrupted(Exception):
+    """Of an evaluation in its middle."""
+
+
+def evaluations(net: Net, kept: list[Averager], losses: dict[int, Any]) -> Callable[[int], None]:
+    """Evaluate at steps 2 and 4 under averages, one within another, and break off in the middle of a forward pass."""
+
+    def look(step: int) -> None:
+        if step not in (2, 4):
+            return
+        with torch.no_grad():
+            before = loss(net, 50, False)  # leaves the root gathered
+            with applied(net, kept[1]):
+                under = loss(net, 50, False)
+                with applied(net, kept[3]):
+                    inner = loss(net, 50, False)
+                again = loss(net, 50, False)
+            plain, expected = Net(net.tokens.weight.dtype), []
+            for weights in (gathered(net), *(whole(net, kept[i].average(rounded=True)) for i in (1, 3))):
+                load_into(plain, weights)
+                expected.append(loss(plain, 50, False))
+            losses[step] = ([before, under, inner, again, loss(net, 50, False)], expected)
+        forward = net.inner.forward
+        for stop in (Interrupted, KeyboardInterrupt):
+
+            def interrupt(x: torch.Tensor, stop: Any = stop) -> torch.Tensor:
+                raise stop
+
+            net.inner.forward = interrupt  # type: ignore[method-assign]
+            try:
+                with applied(net, kept[3]), torch.no_grad():
+                    net(batch(50)[0])
+            except stop:
+                net.inner.forward = forward  # type: ignore[method-assign]
+
+    return look
+
+
+def core(folder: Path) -> dict[str, Any]:
+    distributed.init_process_group("gloo")
+    rank = distributed.get_rank()
+    count_collectives()
+    half = torch.bfloat16
+    engines: dict[str, tuple[Callable[[], Net], bool]] = {
+        "FSDP2": (lambda: fsdp(Net()), True),
+        "FSDP2, bf16 weights": (lambda: fsdp(Net(half)), True),
+        "FSDP2, bf16 policy": (lambda: fsdp(Net(), mp_policy=MixedPrecisionPolicy(param_dtype=half)), True),
+        "FSDP2, gathered after forward": (lambda: fsdp(Net(), reshard_after_forward=False), True),
+        "tensor parallel": (lambda: tensor_parallel(Net()), False),
+    }
+    results: dict[str, Any] = {"engines": {}}
+    for name, (build, different) in engines.items():
+        kept, losses = averagers(folder), {}
+        plain, net = train(build(), different=different)["final"], build()
+        result = train(net, kept, evaluations(net, kept, losses), different)
+        load_into(net, kept[1])
+        results["engines"][name] = {
+            **result,
+            "untouched": same(result["final"], plain),
+            "losses": losses,
+            "loaded": same(gathered(net), whole(net, kept[1].average(rounded=True))),
+            "names": [*named_weights(net)],
+            "shapes": {name: list(tensor.shape) for name, tensor in kept[3].average().items()},
+            "plain": all(type(tensor) is torch.Tensor for average in kept for tensor in average.average().values()),
+        }
+    results["write-backs"] = [
+        train(fsdp(Net()), [average]) for average in (ElasticReset(4, 0.8), EMA(0.8, switch=4, name="switch"))
+    ]
+
+    # A reference that follows the policy, sharded alike.
+    policy, other = fsdp(Net()), fsdp(Net())
+    reference = Reference(EMAAnchor(0.3, every=2), policy, other)
+
+    def follow(step: int) -> None:
+        reference.update(step)
+        with torch.no_grad():
+            loss(other, step)
+
+    anchor = EMAAnchor(0.3, every=2)
+    train(policy, [anchor], follow)
+    results["anchor"] = same(gathered(other), whole(policy, anchor.average()))
+
+    # Frozen weights, a state that goes to where it came from.
+    everything = EMA(0.8, frozen=True)
+    everything.update(policy, 1)
+    results["frozen"] = [*everything.average()]
+    state = everything.state_dict()
+    again = EMA(0.8, frozen=True)
+    again.load_state_dict(state)
+    results["restored"] = same(again.average(), everything.average())
+    try:
+        EMA(0.8, frozen=True).load_state_dict({**state, "process": [1 - rank, 2]})
+    except ValueError as error:
+        results["another's"] = str(error)
+    try:
+        Trajectory(folder / "trajectory", every=1).update(policy, 1)
+    except ValueError as error:
+        results["refused"] = str(error)
+    results["collectives"] = collectives()
+    return results
