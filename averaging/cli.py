@@ -41,7 +41,8 @@ Average the weights of saved checkpoints.
                                          those that do not make it worse
   soup a/ b/ c/ --method learned --loss my_module:held_out -o out/
                                          coefficients learned on held-out data
-  soup inspect a/ b/ --init base/        norms, cosines between task vectors, distances to the mean
+  soup inspect a/ b/ --init base/        norms, cosines between task vectors, distances to the mean; and barriers
+                                         between them, with --evaluate
   soup runs/ --sweep window=1,2,5,10 --evaluate my_module:validation_loss
                                          the best of many averages
   soup --recipe soup.yaml                what a file says; --recipe out/soup.json -o again/: the same soup again
@@ -237,6 +238,19 @@ def inspect_parser() -> argparse.ArgumentParser:
     p.add_argument("--init", metavar="BASE", help="the model that they were fine-tuned from")
     p.add_argument("--only", metavar="REGEX", help="only tensors in whose names this is found")
     p.add_argument("--skip", metavar="REGEX", help="not these")
+    lines = p.add_argument_group("how a metric behaves along the straight lines between them: are they mode-connected?")
+    lines.add_argument("--evaluate", metavar="MODULE:FUNCTION", help="as in soup --help")
+    lines.add_argument("--evaluate-command", metavar="COMMAND", help="as in soup --help")
+    lines.add_argument("--metric", metavar="NAME", help="which one, where the evaluation gives several")
+    lines.add_argument(
+        "--minimize", dest="best", action="store_const", const="min", help="the lowest is best (default)"
+    )
+    lines.add_argument("--maximize", dest="best", action="store_const", const="max", help="the highest is")
+    lines.add_argument("--points", type=int, help="models on each line, both ends included (default 11)")
+    lines.add_argument("--cache", metavar="FILE", help="keep the results here: nothing is evaluated twice")
+    lines.add_argument("--plot", nargs="?", const="inspect.png", metavar="FILE.png", help="draw them (inspect.png)")
+    p.add_argument("--force", action="store_true", help="replace an existing picture")
+    p.add_argument("-q", "--quiet", action="store_true", help="no progress")
     p.add_argument("--debug", action="store_true", help="print the traceback of an error")
     return p
 
@@ -284,9 +298,26 @@ def _alone(team: Team, what: str) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> None:
+    from averaging.soups.connectivity import connectivity
     from averaging.soups.inspection import inspect
+    from averaging.soups.plots import check_plot
 
-    print(inspect(options.paths, options.init, only=options.only, skip=options.skip))
+    which = {"only": options.only, "skip": options.skip}
+    evaluating = options.evaluate or options.evaluate_command
+    if evaluating:
+        settings = _evaluating(options, "soup inspect")("")
+        check_plot(options.plot, None, options.force)
+    else:
+        _refuse(options, "soup inspect without --evaluate", "metric", "best", "points", "cache", "plot")
+    with _bar(hidden=options.quiet) as progress:
+        found = str(inspect(options.paths, options.init, **which, progress=progress))
+    if evaluating:
+        settings |= {"cache": options.cache, "plot": options.plot, "force": options.force}
+        if options.points is not None:
+            settings["points"] = options.points
+        with _counter(hidden=options.quiet) as progress:
+            found += f"\n\n{connectivity(options.paths, **settings, **which, progress=progress)}"
+    print(found)
 
 
 def _run(options: argparse.Namespace, team: Team) -> None:

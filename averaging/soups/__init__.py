@@ -1,5 +1,6 @@
 """Soups: averages of saved checkpoints. Importing this imports no torch."""
 
+from averaging.soups.connectivity import Connectivity, connectivity
 from averaging.soups.curve import Curve, curve, series
 from averaging.soups.ema import ema
 from averaging.soups.fisher import fisher, fisher_information
@@ -19,10 +20,12 @@ from averaging.soups.wise_ft import wise_ft
 
 __all__ = [
     "Chosen",
+    "Connectivity",
     "Curve",
     "Inspection",
     "Learned",
     "Sweep",
+    "connectivity",
     "curve",
     "ema",
     "fisher",

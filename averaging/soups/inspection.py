@@ -11,10 +11,14 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from averaging.soups.evaluation import fingerprint
 from averaging.soups.output import check_alike
 from averaging.soups.soup import PathLike, Paths, initial, narrowed, opened
+
+if TYPE_CHECKING:
+    from averaging.soups.engine import Progress
 
 ALL = "all"
 
@@ -62,7 +66,12 @@ class Inspection:
 
 
 def inspect(
-    paths: Paths, init: PathLike | None = None, *, only: str | None = None, skip: str | None = None
+    paths: Paths,
+    init: PathLike | None = None,
+    *,
+    only: str | None = None,
+    skip: str | None = None,
+    progress: Progress | None = None,
 ) -> Inspection:
     """Measure checkpoints before they are mixed; with bounded memory.
 
@@ -70,6 +79,7 @@ def inspect(
         paths: the checkpoints, as in `averaging.soups.uniform`.
         init: the model they were fine-tuned from, for task vectors and their cosines.
         only, skip: which tensors, as in `averaging.soups.uniform`.
+        progress: called from time to time with the bytes read and the bytes to read.
 
     Raises:
         ValueError: checkpoints that are corrupt, do not belong together, or hold NaN or infinity.
@@ -82,14 +92,16 @@ def inspect(
     from averaging.soups.engine import Gram
 
     sums: dict[str, list[list[float]]] = {}
-    for name, products in Gram(everything).measure().items():
+    for name, products in Gram(everything, progress).measure().items():
         for group in (ALL, layer_of(name)):
             known = sums.setdefault(group, [[0.0] * len(everything) for _ in everything])
             sums[group] = [[a + b for a, b in zip(*rows, strict=True)] for rows in zip(known, products, strict=True)]
     first = 0 if init is None else 1
     same: dict[str, list[str]] = {}
-    for checkpoint in everything:
-        same.setdefault(fingerprint(checkpoint), []).append(str(checkpoint.path))
+    for i, checkpoint in enumerate(everything):
+        # What is far from all others is no twin, and need not be read again.
+        if ALL not in sums or any(_near(sums[ALL], i, j) for j in range(len(everything)) if j != i):
+            same.setdefault(fingerprint(checkpoint), []).append(str(checkpoint.path))
     return Inspection(
         [str(model.path) for model in models],
         {group: _figures(products, first) for group, products in sums.items()},
@@ -120,6 +132,12 @@ def _figures(products: Sequence[Sequence[float]], first: int) -> Figures:
         for i, a in zip(chosen, tasks, strict=True)
     ]
     return Figures(norms, distances, tasks, cosines)
+
+
+def _near(products: Sequence[Sequence[float]], i: int, j: int) -> bool:
+    """Whether xᵢ and xⱼ are the same as far as their inner products with the first tell."""
+    size = sum(products[k][k] for k in (i, j) if k)
+    return size - (2 * products[i][j] if i and j else 0.0) <= 1e-9 * size
 
 
 def _root(square: float) -> float:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from averaging.soups.connectivity import Connectivity
     from averaging.soups.curve import Curve
     from averaging.soups.evaluation import Best
     from averaging.soups.greedy import Tried
@@ -102,6 +103,39 @@ def coefficients(by_group: Mapping[str, Sequence[float]], paths: Sequence[str], 
         axes.set_ylabel("layer")
         figure.colorbar(image, label=f"coefficient (white: uniform, {middle:.3g})")
     axes.set_title(title)
+    return figure
+
+
+def lines(result: Connectivity) -> Figure:
+    """The metric along the lines between ingredients, and to their soup; the highest barriers marked and measured."""
+    kinds = [
+        ("between ingredients", [line for line in result.lines if "soup" not in line.ends]),
+        ("to their uniform soup", [line for line in result.lines if "soup" in line.ends]),
+    ]
+    kinds = [(name, some) for name, some in kinds if some]
+    figure = _figure(2 + 6 * len(kinds), 4.4)
+    panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
+    for axes, (name, some) in zip(panels, kinds, strict=True):
+        ordered = sorted(some, key=lambda line: -line.barrier)
+        for number, line in enumerate(ordered):
+            verdict = "" if line.connected else ", not connected"
+            label = f"{line.ends[0]} to {line.ends[1]}: barrier {line.barrier:.3g}{verdict}" if number < 12 else None
+            style = "-" if line.connected else "--"
+            axes.plot(
+                line.alphas, line.metrics, style, marker="o", markersize=3.5, color=f"C{number % 10}", label=label
+            )
+        worst = ordered[0]
+        if worst.barrier:
+            foot = (1 - worst.at) * worst.metrics[0] + worst.at * worst.metrics[-1]
+            peak = worst.metrics[worst.alphas.index(worst.at)]
+            axes.plot([0, 1], [worst.metrics[0], worst.metrics[-1]], ":", color=GREY, linewidth=1)
+            axes.annotate("", (worst.at, peak), (worst.at, foot), arrowprops={"arrowstyle": "<->", "color": RED})
+            near = {"textcoords": "offset points", "xytext": (5, 0), "color": RED, "va": "center"}
+            axes.annotate(f"{worst.barrier:.3g}", (worst.at, (peak + foot) / 2), **near)
+        axes.set_xlabel("α, from the first end (0) to the second (1)")
+        axes.set_title(f"lines {name}")
+        _legend(axes)
+    panels[0].set_ylabel(_better(result.metric, result.best))
     return figure
 
 
