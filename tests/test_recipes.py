@@ -34,6 +34,8 @@ ARGUMENTS = {
     "trajectory_sweep": "--steps 80",
     "trl_dpo_trdpo": "--steps 8 --pretraining 2",
     "trl_grpo_anchor": "--steps 4 --pretraining 2",
+    "warm": "--steps 4 --models 2 --pretraining 2 --seeds 1",
+    "warp": "--steps 2 --rounds 1 --policies 2 --pretraining 2 --answers 1",
     "wsm": "--steps 20",
 }
 """For each recipe, what makes it as small as goes through all of it."""

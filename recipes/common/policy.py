@@ -6,6 +6,7 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 import trl
 from datasets import Dataset
@@ -53,15 +54,15 @@ def dpo(
 ) -> trl.DPOTrainer:
     """TRL's DPO, where how the source goes on is preferred to the same with small and capital letters swapped."""
     pairs = [{"prompt": a, "chosen": b, "rejected": b.swapcase()} for a, b in pieces() if b != b.swapcase()]
-    arguments = trl.DPOConfig(**_defaults(out), **{"per_device_train_batch_size": 8, **options})
+    arguments = trl.DPOConfig(**{**_defaults(out), "per_device_train_batch_size": 8, **options})
     return _quiet(trl.DPOTrainer, policy, arguments, pairs, callbacks, peft_config=adapter)
 
 
 def grpo(policy: str, out: Path, callbacks: list[Any], **options: Any) -> trl.GRPOTrainer:
     """TRL's GRPO with the reward `letters`, four answers to each of four prompts."""
     arguments = trl.GRPOConfig(
-        **_defaults(out),
         **{
+            **_defaults(out),
             "per_device_train_batch_size": 16,
             "num_generations": 4,
             "max_completion_length": ANSWER,
@@ -83,6 +84,21 @@ def logged(trainer: transformers.Trainer, metric: str, parts: int = 1) -> list[f
 def drift(model: transformers.PreTrainedModel) -> float:
     """Nats per held-out byte of the standard library: what the policy has forgotten of what it was pretrained on."""
     return text.loss(model, text.library_source()[1])
+
+
+@torch.no_grad()
+def tested(policy: str | Path, reference: str | Path, answers: int) -> dict[str, float]:
+    """The KL divergence from ``reference``, in nats, of so many answers to each held-out prompt, and their reward."""
+    models = [transformers.AutoModelForCausalLM.from_pretrained(path).eval() for path in (policy, reference)]
+    prompts = text.library_source()[1][:, :PROMPT].repeat(answers, 1)
+    torch.manual_seed(0)
+    rows = models[0].generate(prompts, attention_mask=torch.ones_like(prompts), do_sample=True, max_new_tokens=ANSWER)
+    logp, reference_logp = (model(rows).logits[:, PROMPT - 1 : -1].log_softmax(-1) for model in models)
+    written = [bytes(row.tolist()).decode("latin-1") for row in rows[:, PROMPT:]]
+    return {
+        "KL": (logp.exp() * (logp - reference_logp)).sum((1, 2)).mean().item(),
+        "reward": sum(letters(written)) / len(written),
+    }
 
 
 def _defaults(out: Path) -> dict[str, Any]:
