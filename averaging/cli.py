@@ -70,11 +70,12 @@ METHODS: dict[str, tuple[str, ...]] = {
     "ranked": ("top",),
     "learned": ("loss", "per", "normalize", "lr", "epochs", "seed"),
     "search": ("per", "evaluations", "seed"),
+    "lm-cocktail": ("target", "alpha", "temperature"),
 }
 COEFFICIENTS = ("alpha", "scale", "eta", "lambda")
 MOST = 1000  # values in a range
 ARGUMENTS = {"lambda": "share", "slerp_weights": "weights"}  # what some options are called in Python
-SEARCHES = ("greedy", "ranked", "learned", "search")
+SEARCHES = ("greedy", "ranked", "learned", "search", "lm-cocktail")
 EVALUATING = ("evaluate", "evaluate_command", "metric", "best", "plot")
 OWN = sorted({name for names in METHODS.values() for name in names})
 CHOICES = ("like", "dtype", "allow_nonfinite", "only", "skip")
@@ -153,6 +154,10 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--floor", type=float, help="fisher: the least Fisher of the first, in root mean squares of it (default 1e-6)"
     )
+    result.add_argument("--target", metavar="MODEL", help="lm-cocktail: a model whose share is alpha (default 0.5)")
+    result.add_argument(
+        "--temperature", type=float, help="lm-cocktail: the others' shares are softmax(-loss / temperature) (default 5)"
+    )
     result.add_argument("--top", type=int, metavar="N", help="ranked: how many of the best (greedy: all that help)")
     result.add_argument("--decay", type=float, help="ema: the decay per optimizer step")
     result.add_argument(
@@ -171,7 +176,8 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--dtype", metavar="DTYPE", help="bfloat16, float16, float32 or float64 (default: unchanged)")
     result.add_argument("--allow-nonfinite", action="store_true", help="go on when a checkpoint holds NaN or infinity")
     search = p.add_argument_group(
-        "finding the best average, by --sweep of one run's checkpoints, --method greedy, ranked, learned or search"
+        "finding the best average, by --sweep of one run's checkpoints, --method greedy, ranked, learned, search or "
+        "lm-cocktail"
     )
     search.add_argument(
         "--sweep",
@@ -186,7 +192,8 @@ def parser() -> argparse.ArgumentParser:
         "--evaluate",
         metavar="MODULE:FUNCTION",
         help="the function that returns the metric of an average; it takes a mapping from names to tensors whose .path "
-        "opens with from_pretrained where the checkpoints do",
+        "opens with from_pretrained where the checkpoints do. Or, of Hugging Face models: perplexity:TEXT, or "
+        "accuracy:FILE of labelled texts, .jsonl or .csv with 'text' and 'label'",
     )
     search.add_argument(
         "--evaluate-command",
@@ -336,7 +343,7 @@ def _run(options: argparse.Namespace, team: Team) -> None:
             return
         if options.method in SEARCHES:
             _alone(team, f"--method {options.method}")
-            _search(options)
+            (_cocktail if options.method == "lm-cocktail" else _search)(options)
             return
         if varied and (options.evaluate or options.evaluate_command):
             _alone(team, "an evaluation")
@@ -446,6 +453,35 @@ def _search(options: argparse.Namespace) -> None:
         print(f"{output}: {what}, {metric:.6g}, {seconds:.1f} s")
 
 
+def _cocktail(options: argparse.Namespace) -> None:
+    from averaging.checkpoints import gather, select
+    from averaging.soups.lm_cocktail import lm_cocktail
+    from averaging.soups.measures import Measure
+
+    began = time.monotonic()
+    method, own = _method(options)
+    _refuse(options, f"--method {method}", "post_hoc", "plot")
+    if isinstance(options.alpha, list):
+        raise ValueError(f"--method {method} takes one --alpha, not a range")
+    if options.alpha is not None and options.target is None:
+        raise ValueError("--alpha is the share of a --target; name it, or leave --alpha out")
+    evaluating = _evaluating(options, f"--method {method}")
+    models, output = select(gather(options.paths), options.last, options.every), _output(options)
+    if options.dry_run:
+        print("\n".join(f"{model.path} ({size(model.nbytes)})" for model in models))
+        print(f"{len(models)} checkpoints to evaluate; the soup of them to {output}")
+        return
+    choices: Any = {name: getattr(options, name) for name in (*CHOICES, "force")}
+    choices |= evaluating(output)
+    if options.metric is None and isinstance(choices["evaluate"], Measure):
+        choices |= {"metric": "loss", "best": options.best or "min"}
+    with _counter(hidden=options.quiet) as progress:
+        result = lm_cocktail(models, output=output, progress=progress, **own, **choices)
+    if not options.quiet:
+        print(result.table())
+        print(f"{output}: {method} of {len(result.models)}, {time.monotonic() - began:.1f} s")
+
+
 def _series(options: argparse.Namespace, coefficient: str) -> list[Soup]:
     """A soup for each value of the coefficient."""
     from averaging.soups.curve import Family
@@ -493,14 +529,23 @@ def _along(options: argparse.Namespace, coefficient: str) -> tuple[str, list[Che
 def _evaluating(options: argparse.Namespace, what: str) -> Callable[[str | Path | None], dict[str, Any]]:
     """What a search takes that writes to a certain output: how soups are evaluated, and where results are kept."""
     from averaging.soups.evaluation import Command, Evaluate
+    from averaging.soups.measures import MEASURES
 
     if (options.evaluate is None) == (options.evaluate_command is None):
         raise ValueError(
             f"{what} needs --evaluate MODULE:FUNCTION, which returns the metric of an average, or --evaluate-command "
             "COMMAND, which prints it; one of them"
         )
-    evaluate: Evaluate = Command(options.evaluate_command) if options.evaluate is None else _function(options.evaluate)
-    choices = {"evaluate": evaluate, "metric": options.metric, "best": options.best or "min"}
+    metric, best = options.metric, options.best
+    evaluate: Evaluate
+    name, _, file = (options.evaluate or "").partition(":")
+    if name in MEASURES and file:
+        evaluate = measure = MEASURES[name](file, progress=_batches(name, hidden=options.quiet))
+        metric = metric or measure.metric
+        best = best or (measure.best if metric == measure.metric else "min")
+    else:
+        evaluate = Command(options.evaluate_command) if options.evaluate is None else _function(options.evaluate)
+    choices = {"evaluate": evaluate, "metric": metric, "best": best or "min"}
     return lambda output: {**choices, "cache": None if output is None else f"{Path(output)}.evaluations.json"}
 
 
@@ -796,6 +841,13 @@ def _counter(hidden: bool) -> Iterator[Callable[[int, int, str], None] | None]:
         yield draw
     finally:
         print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
+def _batches(name: str, hidden: bool) -> Callable[[int, int], None] | None:
+    """A line that counts batches on a terminal; the next line of `_counter` takes its place."""
+    if hidden or not sys.stderr.isatty():
+        return None
+    return lambda done, total: print(f"\r\033[K{name}: {done} of {total} batches", end="", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -24,13 +24,14 @@ from pathlib import Path
 from typing import Any
 
 from averaging.checkpoints.files import open_regular
+from averaging.soups.measures import MEASURES
 
 LARGEST = 1 << 20
 DEEPEST = 10
 """The bytes that a recipe may have, and the levels; YAML takes time and stack for more."""
 
 # Options that hold paths, by their place in the parsed result; and those that are the command line's alone.
-_PATHS = ("paths", "init", "like", "output", "plot", "fisher")
+_PATHS = ("paths", "init", "like", "output", "plot", "fisher", "target")
 _RUN = ("recipe", "dry_run", "force", "quiet", "debug", "help", "version")
 
 
@@ -83,6 +84,8 @@ def read(path: str | os.PathLike[str], parser: argparse.ArgumentParser) -> tuple
         if action.dest in _PATHS:
             join = partial(os.path.join, folder)
             parsed = list(map(join, parsed)) if isinstance(parsed, list) else join(parsed)
+        if action.dest == "evaluate" and (name := parsed.partition(":"))[0] in MEASURES:
+            parsed = f"{name[0]}:{os.path.join(folder, name[2])}"
         options[action.dest] = parsed
     return options, layers
 

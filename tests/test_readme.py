@@ -61,6 +61,15 @@ def llama() -> Any:
     return LlamaForCausalLM(config)
 
 
+def tokenizer() -> Any:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "soup": 1}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
+
+
 def transformers_trainer(_: Any, callbacks: list[Any]) -> Any:
     """What ``Trainer(..., callbacks=[...])`` stands for."""
     from transformers import Trainer, TrainingArguments
@@ -198,6 +207,8 @@ def checkpoints(tmp_path, monkeypatch):
         with torch.no_grad():
             fresh.lm_head.weight.mul_(sum(folder.encode()))  # not all alike
         fresh.save_pretrained(folder)
+        tokenizer().save_pretrained(folder)
+    Path("examples.txt").write_text("soup of the day")
     model, trajectory = llama(), averaging.Trajectory("runs/trajectory", every=100)
     ema = averaging.PostHocEMA("runs/ema", snapshots=100)
     # What the block under "Choose the average afterwards" is, with a model and its validation.

@@ -440,7 +440,8 @@ def test_the_options_are_frozen():
         "--lambda", "--slerp-weights",
         "--decay", "--only", "--skip", "--top", "--evaluate-command", "--minimize", "--maximize", "--plot",
         "--loss", "--per", "--normalize", "--lr", "--epochs", "--evaluations", "--seed",
-        "--recipe", "--fisher", "--floor", "--allow-nonfinite", "--dry-run", "--force", "-q", "--quiet", "--debug",
+        "--recipe", "--fisher", "--floor", "--target", "--temperature",
+        "--allow-nonfinite", "--dry-run", "--force", "-q", "--quiet", "--debug",
     }  # fmt: skip
 
 

@@ -7,6 +7,8 @@ from averaging.soups.fisher import fisher, fisher_information
 from averaging.soups.greedy import Chosen, greedy, ranked
 from averaging.soups.inspection import Inspection, inspect
 from averaging.soups.learned import Learned, learned
+from averaging.soups.lm_cocktail import Cocktail, lm_cocktail
+from averaging.soups.measures import Accuracy, Perplexity
 from averaging.soups.model_stock import model_stock
 from averaging.soups.post_hoc import post_hoc
 from averaging.soups.rewarded import rewarded
@@ -19,11 +21,14 @@ from averaging.soups.warp import warp
 from averaging.soups.wise_ft import wise_ft
 
 __all__ = [
+    "Accuracy",
     "Chosen",
+    "Cocktail",
     "Connectivity",
     "Curve",
     "Inspection",
     "Learned",
+    "Perplexity",
     "Sweep",
     "connectivity",
     "curve",
@@ -33,6 +38,7 @@ __all__ = [
     "greedy",
     "inspect",
     "learned",
+    "lm_cocktail",
     "model_stock",
     "post_hoc",
     "ranked",

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 from averaging.atomic import replacing, staging_folder
 from averaging.checkpoints import Checkpoint
 from averaging.checkpoints.files import open_regular, read_json
+from averaging.soups.measures import Measure
 
 if TYPE_CHECKING:
     from averaging.soups.soup import Soup
@@ -203,5 +204,7 @@ def title(evaluate: Evaluate, metric: str | None) -> str:
 def _name(evaluate: Evaluate) -> str:
     if isinstance(evaluate, Command):
         return evaluate.__name__
+    if isinstance(evaluate, Measure):
+        return evaluate.key
     module = getattr(evaluate, "__module__", "")
     return f"{module}:{getattr(evaluate, '__qualname__', type(evaluate).__qualname__)}"
