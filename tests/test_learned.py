@@ -248,6 +248,18 @@ def test_tied_weights_count_once_and_stay_tied(tmp_path):
     assert torch.equal(result.weights["embed.weight"], result.weights["head.weight"])
 
 
+def test_sparse_gradients_count(tmp_path):
+    g, found = torch.Generator().manual_seed(1), []
+    paths = [tmp_path / f"{i}.safetensors" for i in range(2)]
+    for path in paths:
+        save_file({"weight": torch.randn(5, 3, generator=g)}, path)
+    for sparse in (False, True):
+        model = nn.Embedding(5, 3, sparse=sparse)
+        batches, loss = [torch.tensor([1, 1, 4])], lambda model, x: model(x).square().mean()
+        found.append(soups.learned(paths, model=model, loss=loss, batches=batches).tried)
+    assert found[0] == found[1]
+
+
 def test_memory_is_a_few_models_however_many_there_are(tmp_path, monkeypatch):
     """The allocations of torch at any time, beside what was there before."""
     monkeypatch.setattr(engine, "PIECE", 4096)

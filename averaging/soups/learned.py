@@ -308,7 +308,9 @@ class _Slopes:
         if not value.requires_grad:
             raise ValueError("the loss has no gradient by the weights: compute it without torch.no_grad() or .item()")
         torch.autograd.backward(value)
-        gradients = {name: p.grad.reshape(-1).cpu() for name, p in self.parameters.items() if p.grad is not None}
+        gradients = {
+            name: p.grad.to_dense().reshape(-1).cpu() for name, p in self.parameters.items() if p.grad is not None
+        }
         self.model.zero_grad()
         by_tensor = Slopes(self.space.soup.ingredients, gradients).measure()
         count = len(self.space.models)

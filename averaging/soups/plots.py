@@ -91,17 +91,20 @@ def coefficients(by_group: Mapping[str, Sequence[float]], paths: Sequence[str], 
     else:
         from matplotlib.colors import TwoSlopeNorm
 
-        figure = _figure(min(16, 5 + 0.7 * len(names)), min(14, 2 + 0.28 * len(rows)))
+        figure = _figure(min(16, 5 + 0.7 * len(names)), min(14, 2.8 + 0.28 * len(rows)))
         axes = figure.add_subplot()
         middle, everything = 1 / len(names), [c for row in rows for c in row]
-        norm = TwoSlopeNorm(middle, min(*everything, middle - 0.01), max(*everything, middle + 0.01))
+        least, most = min(*everything, middle - 0.01), max(*everything, middle + 0.01)
+        norm = TwoSlopeNorm(middle, least, most)
         image = axes.imshow(rows, cmap="PuOr_r", norm=norm, aspect="auto", interpolation="nearest")
         shown = _few(range(len(rows)), 40)
         axes.set_yticks(shown, [list(by_group)[i] for i in shown])
         axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
         axes.set_xlabel("ingredient")
         axes.set_ylabel("layer")
-        figure.colorbar(image, label=f"coefficient (white: uniform, {middle:.3g})")
+        ticks = [least, (least + middle) / 2, middle, (middle + most) / 2, most]
+        bar = figure.colorbar(image, label="coefficient", ticks=ticks)
+        bar.ax.set_yticklabels([f"{tick:.2f}" + (" uniform" if tick == middle else "") for tick in ticks])
     axes.set_title(title)
     return figure
 
