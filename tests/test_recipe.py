@@ -137,14 +137,21 @@ def test_the_first_pattern_found_counts(family, tmp_path, soup):
 
 # ---------------------------------------------------------------------- from the record
 
+STAT = ["--evaluate-command", "stat -c %i {checkpoint}"]
 COMMANDS = {
     "uniform": ["a", "b", "c"],
     "weights": ["a", "b", "c", "--weights", "0.3,0.1,2.7"],
     "wise-ft": ["a", "--method", "wise-ft", "--init", "base", "--alpha", "0.3", "--only", "layers"],
     "task": ["a", "b", "--method", "task", "--init", "base", "--weights=-1,0.7", "--dtype", "bf16"],
     "slerp": ["a", "b", "c", "--method", "slerp", "--init", "base", "--eta", "0.9", "--skip", "head"],
+    "warp": ["a", "b", "--method", "warp", "--init", "base"],
+    "rewarded": ["a", "b", "--method", "rewarded", "--lambda", "0.3"],
+    "one of a range": ["a", "b", "--method", "warp", "--init", "base", "--eta", "0.1,0.7"],
+    "the best of a range": ["a", "--method", "wise-ft", "--init", "base", "--alpha", "0:1:0.25", *STAT],
+    "lm-cocktail": ["a", "b", "--method", "lm-cocktail", "--target", "c", "--temperature", "1e6", *STAT],
+    "search": ["a", "b", "--method", "search", "--evaluations", "4", *STAT],
     "model-stock": ["a", "b", "--method", "model-stock", "--init", "base", "--like", "c"],
-    "greedy": ["a", "b", "c", "--method", "greedy", "--evaluate-command", "stat -c %i {checkpoint}"],
+    "greedy": ["a", "b", "c", "--method", "greedy", *STAT],
     "recipe": ["--recipe", "layered.yaml"],
 }
 
@@ -156,9 +163,31 @@ def test_a_record_cooks_the_same_bytes(family, tmp_path, soup, monkeypatch, comm
     soup(*COMMANDS[command], "-o", "out")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    soup("--recipe", "../out/soup.json", "-o", "again")
+    out = tmp_path / "out" / ("eta-0.7" if command == "one of a range" else "")
+    soup("--recipe", out / "soup.json", "-o", "again")
     for name in ("model.safetensors", "soup.json"):
-        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "elsewhere/again" / name).read_bytes()
+        assert (out / name).read_bytes() == (tmp_path / "elsewhere/again" / name).read_bytes()
+
+
+def test_a_record_of_averages_along_a_run(tmp_path, soup, monkeypatch):
+    import averaging
+
+    model, ema = torch.nn.Linear(30, 7), averaging.PostHocEMA(tmp_path / "ema", snapshots=5)
+    trajectory = averaging.Trajectory(tmp_path / "run", every=10)
+    for step in range(1, 51):
+        model.weight.data += torch.randn(7, 30, generator=torch.Generator().manual_seed(step))
+        trajectory.update(model, step)
+        ema.update(model, step)
+    monkeypatch.chdir(tmp_path)
+    for command in (
+        ["run", "--sweep", "window=2,3", *STAT],
+        ["run", "--method", "ema", "--decay", "0.9"],
+        ["run", "--weights", "cosine"],
+        ["ema", "--post-hoc", "0.1"],
+    ):
+        soup(*command, "-o", "out.safetensors", "--force")
+        soup("--recipe", "out.soup.json", "-o", "again.safetensors", "--force")
+        assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "out.safetensors").read_bytes()
 
 
 def test_a_record_of_a_sharded_hugging_face_model(tmp_path, soup):

@@ -357,3 +357,74 @@ def test_stopped_at_random_moments(tmp_path, signal_):
             assert values.unique().tolist() in ([0.5], [1.5])
     assert cli.main([f"{tmp_path}/0", f"{tmp_path}/1", "-o", f"{tmp_path}/out", "--force", "-q"]) == 0
     assert {path.name for path in tmp_path.iterdir()} == {"0", "1", "2", "out"}
+
+
+# --- every method ----------------------------------------------------------------------------------------------------
+
+METHODS = {
+    "uniform": [],
+    "wise-ft": ["--init", "base.safetensors", "--last", "1"],
+    "task": ["--init", "base.safetensors"],
+    "slerp": ["--init", "base.safetensors"],
+    "warp": ["--init", "base.safetensors"],
+    "rewarded": [],
+    "model-stock": ["--init", "base.safetensors"],
+    "ema": ["--decay", "0.9"],
+    "fisher": [],
+    "greedy": ["--evaluate-command", "stat -c %i {checkpoint}"],
+    "ranked": ["--top", "2", "--evaluate-command", "stat -c %i {checkpoint}"],
+    "lm-cocktail": ["--evaluate-command", "stat -c %i {checkpoint}"],
+    "lm-cocktail with a target": ["--target", "base.safetensors", "--evaluate-command", "stat -c %i {checkpoint}"],
+}
+
+
+@pytest.fixture(params=METHODS)
+def method(request, tmp_path, monkeypatch):
+    """The options of a method, and two good ingredients, a base and Fishers in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    for i, name in enumerate(("base", "step-1", "step-2")):
+        write(tmp_path / f"{name}.safetensors", a=torch.full((2, 3), float(i)), b=torch.arange(5.0) ** i)
+        write(tmp_path / f"{name}.fisher.safetensors", a=torch.ones(2, 3), b=torch.ones(5))
+    return ["step-1.safetensors", "step-2.safetensors", "--method", request.param.split()[0], *METHODS[request.param]]
+
+
+def test_each_method_works(method, tmp_path):
+    assert cli.main([*method, "-o", "out.safetensors", "-q"]) == 0
+    assert load_file(tmp_path / "out.safetensors").keys() == {"a", "b"}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "says"),
+    [
+        ({"a": torch.ones(2, 3)}, "'b'"),
+        ({"a": torch.ones(3, 2), "b": torch.ones(5)}, "'a' has shape"),
+        ({"a": torch.ones(2, 3).half(), "b": torch.ones(5)}, "'a' has dtype"),
+    ],
+)
+def test_each_method_refuses_what_does_not_fit(method, tmp_path, refused, tensors, says):
+    write(tmp_path / "step-2.safetensors", **tensors)
+    refused(*method, "-o", "out.safetensors", says=["step-2.safetensors", says])
+
+
+@pytest.mark.parametrize("bad", [torch.nan, -torch.inf])
+def test_each_method_refuses_nan_and_infinity(method, tmp_path, refused, bad):
+    for i in (1, 2):  # a search that has evaluated one would keep its result
+        write(tmp_path / f"step-{i}.safetensors", a=torch.full((2, 3), float(i)), b=torch.full((5,), bad))
+    refused(*method, "-o", "out.safetensors", says=[".safetensors: tensor 'b' holds", bad, "leave this checkpoint out"])
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 5, b"\xff" * 100, b"\x02\0\0\0\0\0\0\0{}trailing"])
+def test_each_method_refuses_corrupt_files(method, tmp_path, refused, content):
+    (tmp_path / "step-2.safetensors").write_bytes(content)
+    refused(*method, "-o", "out.safetensors", says=["step-2.safetensors", "not a valid safetensors file"])
+
+
+def test_each_method_refuses_unfit_places(method, tmp_path, refused, monkeypatch):
+    refused(*method, "-o", "step-2.safetensors", "--force", says=["one of the ingredients"])
+    refused(*method, "-o", "base.safetensors", says=["exists already" if "base.safetensors" not in method else "base"])
+    refused(*method, "-o", "out.ckpt", says=["end the name with .safetensors"])
+    refused(*method, "-o", "out.safetensors", "--dtype", "int8", says=["unknown dtype"])
+    refused(*method, "-o", "out.safetensors", "--only", "nothing", says=["leave none"])
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(output.shutil, "disk_usage", lambda path: usage._replace(free=10))
+    refused(*method, "-o", "out.safetensors", says=["not enough room"])
