@@ -5,6 +5,7 @@ first, second = on_ranks(2, "ddp_runs:with_lightning", tmp_path)
 
 from __future__ import annotations
 
+import fcntl
 import importlib
 import os
 import subprocess
@@ -34,6 +35,22 @@ def on_ranks(count: int, target: str, folder: Path) -> list[Any]:
     # Judged by what the ranks wrote: gloo sometimes aborts at exit.
     assert all(result.exists() for result in results), (folder / "output.txt").read_text()[-9000:]
     return [torch.load(result) for result in results]
+
+
+def once_on_ranks(count: int, target: str, base: Path) -> tuple[Path, list[Any]]:
+    """The folder and the results of `on_ranks`, run by the first worker of pytest-xdist that asks.
+
+    Args:
+        base: pytest's folder for temporary files; that of a worker lies in the one of all.
+    """
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / target.replace(":", "-")
+    with open(f"{folder}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        results = [folder / f"rank-{rank}.pt" for rank in range(count)]
+        if folder.exists():
+            return folder, [torch.load(result) for result in results]
+        folder.mkdir()
+        return folder, on_ranks(count, target, folder)
 
 
 def main(target: str, folder: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from ddp_runs import CUT, STEPS
-from ranks import on_ranks
+from ranks import once_on_ranks
 from safetensors.torch import load_file
 
 
@@ -20,8 +20,8 @@ def runs(tmp_path_factory):
     def of(engine: str):
         pytest.importorskip({"lightning": "lightning.pytorch", "a_loop": "torch"}.get(engine, engine))
         if engine not in done:
-            folder = tmp_path_factory.mktemp(engine)
-            done[engine] = folder, *on_ranks(2, f"ddp_runs:with_{engine}", folder)
+            folder, ranks = once_on_ranks(2, f"ddp_runs:with_{engine}", tmp_path_factory.getbasetemp())
+            done[engine] = folder, *ranks
         return done[engine]
 
     return of
