@@ -539,7 +539,9 @@ def _evaluating(options: argparse.Namespace, what: str) -> Callable[[str | Path 
     metric, best = options.metric, options.best
     evaluate: Evaluate
     name, _, file = (options.evaluate or "").partition(":")
-    if name in MEASURES and file:
+    if name in MEASURES:
+        if not file:
+            raise ValueError(f"--evaluate {name}: needs a file: {name}:FILE")
         evaluate = measure = MEASURES[name](file, progress=_batches(name, hidden=options.quiet))
         metric = metric or measure.metric
         best = best or (measure.best if metric == measure.metric else "min")

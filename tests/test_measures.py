@@ -167,6 +167,7 @@ def test_greedy_by_perplexity_and_accuracy(tmp_path, text, capsys, monkeypatch):
     ("file", "content", "says"),
     [
         ("perplexity:missing.txt", None, "no such file or directory: missing.txt"),
+        ("perplexity:", None, "--evaluate perplexity: needs a file: perplexity:FILE"),
         ("perplexity:a.txt", b" \n", "a.txt is empty"),
         ("perplexity:a.txt", b"\xff\xfe\x00", "a.txt is not a text in UTF-8"),
         ("perplexity:a.txt", b"soup", "a.txt has 1 tokens, and at least two are needed"),
@@ -208,14 +209,14 @@ def test_models_that_do_not_fit(tmp_path, text, capsys):
         (bare / name).unlink()
     save_file({"a": torch.ones(2)}, tmp_path / "a.safetensors")
     for measure, path, says in (
-        (soups.Accuracy(data), lm, "saved as LlamaForCausalLM, is no model for SequenceClassification: it lacks score"),
+        (soups.Accuracy(data), lm, "saved as LlamaForCausalLM is no model for SequenceClassification: it lacks score"),
         (
             soups.Perplexity(text),
             cls,
-            "saved as LlamaForSequenceClassification, is no model for CausalLM: it lacks l",
+            "saved as LlamaForSequenceClassification is no model for CausalLM: it lacks l",
         ),
         (soups.Perplexity(text), tied, "is no model for CausalLM: it holds in addition score.weight"),
-        (soups.Perplexity(text), bare, "no tokenizer can be opened in"),
+        (soups.Perplexity(text), bare, "there is no tokenizer beside"),
         (soups.Perplexity(text), tmp_path / "a.safetensors", "opens Hugging Face model folders"),
         (soups.Perplexity(text, window=25), lm, "window=25: the model takes 24 tokens"),
     ):

@@ -70,7 +70,7 @@ class Measure:
         logging: Any = transformers.utils.logging
         path = checkpoint.path
         if checkpoint.kind != "huggingface" or checkpoint.config is None:
-            raise ValueError(f"{self.__name__} opens Hugging Face model folders with a config.json, not {path}")
+            raise ValueError(f"{self.__name__} opens Hugging Face model folders with a config.json, and this is none")
         bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
         logging.disable_progress_bar()
         logging.set_verbosity_error()
@@ -78,7 +78,7 @@ class Measure:
             try:
                 tokenizer = transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
             except Exception as error:
-                raise ValueError(f"no tokenizer can be opened in {path}; copy it there from the model's") from error
+                raise ValueError("there is no tokenizer beside the weights; copy it there from the model's") from error
             model, found = getattr(transformers, self.auto).from_pretrained(
                 path, local_files_only=True, output_loading_info=True
             )
@@ -86,7 +86,7 @@ class Measure:
                 if keys:
                     kinds = ", ".join(checkpoint.config.get("architectures") or ["unknown"])
                     kind = self.auto.removeprefix("AutoModelFor")
-                    raise ValueError(f"{path}, saved as {kinds}, is no model for {kind}: it {what} {min(keys)}")
+                    raise ValueError(f"what was saved as {kinds} is no model for {kind}: it {what} {min(keys)}")
             device = torch.device(self.device or (torch.accelerator.current_accelerator() or "cpu"))
             with torch.inference_mode():
                 yield model.to(device).eval(), tokenizer, device
