@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from averaging.averagers.trajectory import Trajectory
     from averaging.batchnorm import recalibrate, recalibrated
     from averaging.diagnosis import diagnose
+    from averaging.shard_files import save_whole
     from averaging.weights import Weights, named_weights
 
 __version__ = "0.1.0"
@@ -48,6 +49,7 @@ _HOME = {
     "named_weights": "averaging.weights",
     "recalibrate": "averaging.batchnorm",
     "recalibrated": "averaging.batchnorm",
+    "save_whole": "averaging.shard_files",
 }
 
 __all__ = [
@@ -69,6 +71,7 @@ __all__ = [
     "named_weights",
     "recalibrate",
     "recalibrated",
+    "save_whole",
 ]
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, Self
@@ -116,6 +117,7 @@ class Averager(ABC):
         self._owes_write_back = False
         self._layout: dict[str, tuple[tuple[int, ...], torch.dtype]] | None = None
         self._written: dict[str, WrittenFile] = {}
+        self._sharded = False  # whether the tensors of the state are this process's part
 
     # ------------------------------------------------------------------ what a subclass provides
 
@@ -325,7 +327,8 @@ class Averager(ABC):
         else:
             weights, tensors = {name: local(tensor) for name, tensor in model.items()}, model
         self._shards = {name: tensor for name, tensor in tensors.items() if is_shard(tensor)}
-        if self._shards and not self.shardable:
+        self._sharded = bool(self._shards)
+        if self._sharded and not self.shardable:
             raise ValueError(
                 f"the weights are sharded by FSDP2 or tensor parallelism, and {type(self).__name__} stores whole ones: "
                 "train with DDP, or keep another average"
@@ -387,7 +390,7 @@ class Averager(ABC):
         The tensors are those the averager works with, not copies. Where weights are sharded they are this process's
         part, which `load_state_dict` takes only in the same process of as many.
         """
-        part = {"process": process()} if self._shards else {}
+        part = {"process": process()} if self._sharded else {}
         return {
             **self.numbers(),
             **part,
@@ -436,9 +439,13 @@ class Averager(ABC):
         self._layout = layout or None
         self._binding = None
         self._written = {}
+        self._sharded = "process" in state
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the state to ``folder``, as a whole or not at all: numbers as JSON, tensors as safetensors.
+
+        Of sharded weights every process writes its part, so that all have to call this: tensors as torch distributed
+        checkpoints, which as many processes or others, and models sharded otherwise or not at all, can `load`.
 
         What never changes, such as LAWA's snapshots, is written once: the next states saved on the same file system
         hold hard links to the file in the state saved or loaded last, as long as that is there.
@@ -449,9 +456,13 @@ class Averager(ABC):
     @contextmanager
     def saving(self, folder: str | os.PathLike[str]) -> Iterator[Path]:
         """`save`, where the ``with`` block may add files of its own to the unfinished folder that it is given."""
-        if self._shards:
-            raise ValueError("sharded weights: save each process's state_dict()")
         folder = Path(os.path.abspath(folder))
+        if self._sharded:
+            if not self._shards:
+                raise ValueError(f"{self.name} holds this process's part of sharded weights: bind(model) it first")
+            with self._saving_parts(folder) as staging:
+                yield staging
+            return
         written = {}
         with replacing(folder) as staging:
             staging.mkdir()
@@ -466,13 +477,45 @@ class Averager(ABC):
             yield staging
         self._written = written
 
-    def load(self, folder: str | os.PathLike[str]) -> Self:
+    @contextmanager
+    def _saving_parts(self, folder: Path) -> Iterator[Path]:
+        """`saving`, by all processes together."""
+        from averaging.shard_files import agreed, replacing_together, save_parts
+
+        written: dict[str, WrittenFile] = {}
+        with replacing_together(folder) as staging:
+            for group, weights in self.tensors().items():
+                parts = staging / group
+                earlier = [file for file in self._written.values() if file.path.parent.name == group]
+                shared = self.immutable(group) and bool(earlier) and process()[0] == 0 and _linked(earlier, parts)
+                if not agreed(shared):
+                    save_parts(weights, self._shards, parts)
+                if process()[0] == 0:
+                    written |= {
+                        f"{group}/{file.name}": WrittenFile.of(file, kept_at=folder / group / file.name)
+                        for file in parts.iterdir()
+                    }
+            if process()[0] == 0:
+                numbers, sizes = self.numbers(), {name: file.size for name, file in written.items()}
+                for name, like in self._shards.items():
+                    numbers["layout"][name][0] = list(like.shape)
+                (staging / STATE_FILE).write_text(json.dumps({**numbers, "files": sizes}, indent=1) + "\n")
+            yield staging
+        self._written = written
+
+    def load(self, folder: str | os.PathLike[str], model: nn.Module | None = None) -> Self:
         """Restore what `save` wrote.
+
+        Args:
+            folder: the state.
+            model: where it is sharded, by as many processes or others, each reads its part. Nothing is communicated.
 
         Raises:
             FileNotFoundError: a file of the state is missing.
             ValueError: a file is damaged, or the state is another averager's.
         """
+        if model is not None:
+            self.bind(model)
         file = Path(folder) / STATE_FILE
         if not file.is_file():
             raise FileNotFoundError(f"{file}: not found, so the state of the average {self.name!r} cannot be restored")
@@ -481,21 +524,48 @@ class Averager(ABC):
             files = dict(state["files"])
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{file}: damaged ({error!r})") from error
-        tensors, written = {}, {}
+        tensors: dict[str, Weights] = {}
+        written: dict[str, WrittenFile] = {}
+        parted: dict[str, Path] = {}
         for name, count in files.items():
-            part = file.parent / Path(name).name
+            part = file.parent / name
+            if len(Path(name).parts) > 2 or ".." in Path(name).parts or Path(name).is_absolute():
+                raise ValueError(f"{file}: damaged: it lists {name!r}")
             if not part.is_file():
                 raise FileNotFoundError(f"{part}: not found, though {file.name} lists it")
             if part.stat().st_size != count:
                 raise ValueError(f"{part}: {part.stat().st_size} bytes instead of {count}: it is damaged")
-            group = part.name.removesuffix(".safetensors")
-            tensors[group], written[group] = SnapshotFile(part), WrittenFile.of(part)
+            if part.parent == file.parent:
+                group = part.name.removesuffix(".safetensors")
+                tensors[group], written[group] = SnapshotFile(part), WrittenFile.of(part)
+            else:
+                parted[part.parent.name], written[name] = part.parent, WrittenFile.of(part)
         try:
+            if parted or self._shards:
+                tensors = self._parts(parted, tensors, state)
             self.load_state_dict({**state, "tensors": tensors})
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from error
+        self._sharded = bool(self._shards)
         self._written = written
         return self
+
+    def _parts(
+        self, parted: Mapping[str, Path], whole: Mapping[str, Weights], state: Mapping[str, Any]
+    ) -> dict[str, Weights]:
+        """This process's parts of a state, whose layout becomes theirs."""
+        from averaging.shard_files import Parts, StoredParts
+
+        for name, like in self._shards.items():
+            entry = state["layout"].get(name)
+            if entry is None or tuple(entry[0]) != like.shape:
+                found = "no" if entry is None else tuple(entry[0])
+                raise ValueError(
+                    f"it has {found} {name!r}, which is {tuple(like.shape)} in the model: it is another model's state"
+                )
+            entry[0] = list(local(like).shape)
+        tensors: dict[str, Weights] = {group: Parts(weights, self._shards) for group, weights in whole.items()}
+        return tensors | {group: StoredParts(folder, self._shards) for group, folder in parted.items()}
 
     # ------------------------------------------------------------------ for subclasses
 
@@ -554,6 +624,16 @@ class Averager(ABC):
         )
 
 
+def _linked(files: Iterable[WrittenFile], folder: Path) -> bool:
+    """Make ``folder`` of hard links to ``files``; False, and no folder, where that cannot be."""
+    folder.mkdir()
+    if all(file.link(folder / file.path.name) for file in files):
+        return True
+    shutil.rmtree(folder)
+    return False
+
+
 def _shape(weights: Weights, name: str) -> tuple[int, ...]:
     """The shape of a tensor, which is not read where it lies in a file: the state may be many times the model."""
-    return weights.shape(name) if isinstance(weights, SnapshotFile) else tuple(weights[name].shape)
+    known = getattr(weights, "shape", None)
+    return tuple(weights[name].shape if known is None else known(name))

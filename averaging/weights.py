@@ -166,6 +166,14 @@ def every_name(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         yield _plain(name), tensor
 
 
+def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """What a file of ``model`` holds: its parameters and persistent buffers, as they are in it, each once."""
+    inner = unwrap(model)
+    reshard(inner)
+    stored = inner.state_dict().keys()
+    return {_plain(name): t for name, t in (*inner.named_parameters(), *inner.named_buffers()) if name in stored}
+
+
 def first_names(model: nn.Module) -> dict[str, str]:
     """Every name that ``model.state_dict()`` may use → the name under which `named_weights` has that tensor."""
     reshard(model)

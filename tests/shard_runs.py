@@ -27,6 +27,7 @@ from averaging import (
     applied,
     load_into,
     named_weights,
+    save_whole,
 )
 from averaging.averager import Averager
 
@@ -253,5 +254,99 @@ def core(folder: Path) -> dict[str, Any]:
         Trajectory(folder / "trajectory", every=1).update(policy, 1)
     except ValueError as error:
         results["refused"] = str(error)
+    results["collectives"] = collectives()
+    return results
+
+
+def state(net: Net, optimizer: torch.optim.Optimizer) -> list[Any]:
+    """What this process has to keep to go on with training."""
+    return copy.deepcopy([net.state_dict(), optimizer.state_dict()])
+
+
+def files(folder: Path) -> dict[str, Any]:
+    """Save at step 3 and go on; read it again, as shards and whole."""
+    distributed.init_process_group("gloo")
+    rank = distributed.get_rank()
+    net, kept = fsdp(Net()), averagers(folder)
+    optimizer = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr=0.05)
+    whole_weights: list[dict[str, torch.Tensor]] = []
+    saved: dict[str, Any] = {}
+
+    def look(step: int) -> None:
+        whole_weights.append(gathered(net))
+        if step in (3, 5):
+            for average in kept:
+                average.save(folder / f"at-{step}" / average.name)
+            saved[str(step)] = {average.name: whole(net, average.average()) for average in kept}
+        if step == 3:
+            saved["state"] = state(net, optimizer)
+            save_whole(net, folder / "whole.safetensors", kept[1])
+
+    straight = train(net, kept, look, optimizer=optimizer)
+    results: dict[str, Any] = {"saved": {step: saved[step] for step in ("3", "5")}}
+    results["parts"] = [*kept[3].state_dict()["tensors"]["ema"]["inner.weight"].shape]
+    results["ends"] = {average.name: whole(net, average.average()) for average in kept}
+
+    # Everything anew, from the files.
+    other = fsdp(Net())
+    other.load_state_dict(saved["state"][0])
+    optimizer = torch.optim.Adam([p for p in other.parameters() if p.requires_grad], lr=0.05)
+    optimizer.load_state_dict(saved["state"][1])
+    again = [average.load(folder / "at-3" / average.name, other) for average in averagers(folder)]
+    for step in range(4, STEPS + 1):
+        loss(other, step).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        for average in again:
+            average.update(other, step)
+    results["resumed"] = same(gathered(other), straight["final"]) and all(
+        same(one.average(), two.average()) and one.step == two.step for one, two in zip(kept, again, strict=True)
+    )
+    for average in again:
+        average.save(folder / "again" / average.name)
+
+    # What one process has saved.
+    plain = [copy.deepcopy(average) for average in averagers(folder)]
+    for average in plain:
+        for step, weights in enumerate(whole_weights):
+            average.update(weights, step)
+        if rank == 0:
+            average.save(folder / "plain" / average.name)
+    distributed.barrier()
+    shards = [average.load(folder / "plain" / average.name, net) for average in averagers(folder)]
+    results["from plain"] = all(same(one.average(), two.average()) for one, two in zip(shards, kept, strict=True))
+
+    # What cannot be written, and what is another model's.
+    for name, attempt in {
+        "no folder": lambda: kept[3].save(folder / "whole.safetensors" / "ema"),
+        "no file": lambda: save_whole(net, folder / "at-3", kept[1]),
+        "another": lambda: EMA(0.8).load(folder / "at-3" / "ema", fully_shard(nn.Sequential(nn.Linear(8, 30)))),
+    }.items():
+        try:
+            attempt()
+        except (OSError, ValueError, RuntimeError) as error:
+            results[name] = f"{type(error).__name__}: {error}"
+    return results
+
+
+def four(folder: Path) -> dict[str, Any]:
+    """On four processes: what two have saved, in other layouts; and those layouts beside what is gathered."""
+    distributed.init_process_group("gloo")
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "model"))
+    count_collectives()
+    layouts: dict[str, Callable[[], Net]] = {
+        "FSDP2": lambda: fsdp(Net()),
+        "FSDP2, replicated": lambda: fully_shard(Net(), mesh=mesh),
+        "FSDP2 and tensor parallel": lambda: fully_shard(tensor_parallel(Net(), mesh["model"]), mesh=mesh["data"]),
+    }
+    results: dict[str, Any] = {"layouts": {}}
+    for name, build in layouts.items():
+        net, kept = build(), averagers(folder)
+        result = train(net, kept, different=False)
+        loaded = [average.load(folder / "at-3" / average.name, net) for average in averagers(folder)]
+        results["layouts"][name] = {
+            "right": result["right"],
+            "loaded": {average.name: whole(net, average.average()) for average in loaded},
+        }
     results["collectives"] = collectives()
     return results

@@ -1,10 +1,18 @@
-"""Averages of weights that are sharded over processes: FSDP2 and tensor parallelism, in a loop."""
+"""Averages of weights that are sharded over processes: FSDP2 and tensor parallelism, in a loop; and their files."""
 
 from __future__ import annotations
+
+import os
+import pickle
+import shutil
 
 import pytest
 import torch
 from ranks import on_ranks
+from safetensors.torch import load_file
+from shard_runs import Net, averagers, same
+
+from averaging import EMA, load_into
 
 ENGINES = ["FSDP2", "FSDP2, bf16 weights", "FSDP2, bf16 policy", "FSDP2, gathered after forward", "tensor parallel"]
 TRAINED = ["tokens.weight", "inner.weight", "outer.weight", "outer.bias", "scale.weight", "scale.bias"]
@@ -76,3 +84,93 @@ def test_a_state_goes_back_to_the_process_it_is_of(core):
 def test_whole_snapshots_are_refused(core):
     for rank in core:
         assert "Trajectory stores whole ones" in rank["refused"]
+
+
+# ---------------------------------------------------------------------- files
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """The folder that two processes wrote to, and what they found."""
+    folder = tmp_path_factory.mktemp("two")
+    return folder, on_ranks(2, "shard_runs:files", folder)
+
+
+def test_a_resumed_run_equals_the_straight_one(two):
+    folder, ranks = two
+    for rank in ranks:
+        assert rank["resumed"]
+    assert [rank["parts"] for rank in ranks] == [[16, 8], [15, 8]]
+    assert not [*folder.rglob(".averaging-*")]
+
+
+def test_one_process_reads_what_two_have_saved(two):
+    folder, (first, _) = two
+    for step in ("3", "5"):
+        for average in averagers(folder):
+            average.load(folder / f"at-{step}" / average.name)
+            assert same(average.average(), first["saved"][step][average.name]), average.name
+            load_into(Net(), average)
+
+
+def test_two_processes_read_what_one_has_saved(two):
+    _, ranks = two
+    assert [rank["from plain"] for rank in ranks] == [True, True]
+
+
+def test_the_whole_model_is_one_file(two):
+    folder, (first, _) = two
+    written = load_file(folder / "whole.safetensors")
+    model = Net()
+    model.head = torch.nn.Linear(8, 6, bias=False)  # no longer tied: its weight is written once, under the other name
+    assert written.keys() == model.state_dict().keys() - {"head.weight"}
+    assert torch.equal(written["inner.bias"], Net().inner.bias)  # frozen: the model's own
+    for name, tensor in first["saved"]["3"]["lawa-cpu"].items():
+        assert torch.equal(written[name], tensor)
+
+
+def test_snapshots_are_written_once(two):
+    folder, _ = two
+    name = "lawa-cpu/snapshot-000000000002/__1_0.distcp"
+    earlier, later, resumed = (os.stat(folder / at / name) for at in ("at-3", "at-5", "again"))
+    assert earlier.st_ino == later.st_ino == resumed.st_ino
+
+
+def test_what_cannot_be_written_or_read_is_an_error_everywhere(two):
+    _, ranks = two
+    for rank in ranks:
+        assert "FileExistsError" in rank["no folder"]
+        assert "a folder is in the place of the file" in rank["no file"]
+        assert "it is another model's state" in rank["another"]
+
+
+@pytest.mark.parametrize("damage", ["metadata", "part", "code", "elsewhere"])
+def test_damaged_parts_are_errors(damage, two, tmp_path):
+    folder, _ = two
+    shutil.copytree(folder / "at-3" / "ema", tmp_path / "ema")
+    metadata, numbers = tmp_path / "ema" / "ema" / ".metadata", tmp_path / "ema" / "averaging.json"
+    match damage:
+        case "metadata":
+            metadata.write_bytes(bytes(metadata.stat().st_size))
+        case "part":
+            (tmp_path / "ema" / "ema" / "__1_0.distcp").unlink()
+        case "code":
+            code = pickle.dumps(print)
+            metadata.write_bytes(code + bytes(metadata.stat().st_size - len(code)))
+        case "elsewhere":
+            numbers.write_text(numbers.read_text().replace("ema/__1_0.distcp", "../__1_0.distcp"))
+    average = EMA(0.8)
+    with pytest.raises((ValueError, FileNotFoundError), match=r"not a whole|not found|does not belong|damaged"):
+        average.load(tmp_path / "ema")
+    assert not average.absorbed
+
+
+def test_four_processes_read_what_two_have_saved_and_average_in_other_layouts(two):
+    folder, (first, _) = two
+    for rank in on_ranks(4, "shard_runs:four", folder):
+        assert len(rank["layouts"]) == 3
+        for layout in rank["layouts"].values():
+            assert all(layout["right"].values()), layout["right"]
+            for name, average in first["saved"]["3"].items():
+                assert same(layout["loaded"][name], average), name
+        assert rank["collectives"] == (0, 1)
