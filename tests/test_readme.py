@@ -133,6 +133,13 @@ def with_a_loop() -> dict[str, Any]:
     return {"model": model, "optimizer": optimizer, "batches": [torch.ones(4, 2)] * 300, "evaluate": nn.Module.eval}
 
 
+def with_an_average() -> dict[str, Any]:
+    model = Loss()
+    average = averaging.LAWA(k=5, every=1)
+    average.update(model)
+    return {"model": model, "average": average}
+
+
 def with_a_reference() -> dict[str, Any]:
     names = with_a_loop()
     policy = names["model"]
@@ -165,6 +172,7 @@ NAMES: dict[str, Callable[[], dict[str, Any]]] = {
     "Lightning": with_lightning,
     "Your own loop": with_a_loop,
     "Your own loop 2": with_accelerate,
+    "Sharded models": with_an_average,
     "Aligning a policy: anchors and resets": lambda: dict.fromkeys(("GRPOTrainer", "DPOTrainer"), transformers_trainer),
     "Aligning a policy: anchors and resets 2": with_a_reference,
     "From fine-tuned models": with_fine_tuned_models,
