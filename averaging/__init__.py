@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from averaging.averagers.swad import SWAD
     from averaging.averagers.trajectory import Trajectory
     from averaging.batchnorm import recalibrate, recalibrated
+    from averaging.completeness import latest_complete
     from averaging.diagnosis import diagnose
     from averaging.shard_files import save_whole
     from averaging.weights import Weights, named_weights
@@ -45,6 +46,7 @@ _HOME = {
     "Weights": "averaging.weights",
     "applied": "averaging.apply",
     "diagnose": "averaging.diagnosis",
+    "latest_complete": "averaging.completeness",
     "load_into": "averaging.apply",
     "named_weights": "averaging.weights",
     "recalibrate": "averaging.batchnorm",
@@ -67,6 +69,7 @@ __all__ = [
     "Weights",
     "applied",
     "diagnose",
+    "latest_complete",
     "load_into",
     "named_weights",
     "recalibrate",

@@ -53,9 +53,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         with staging_folder(target.parent) as staging:
             temporary = staging / target.name
             yield temporary
-            _settle(temporary, staging.stat().st_mode & 0o666)
+            _allow(temporary, staging.stat().st_mode & 0o666)
+            flush(temporary)
             _move(temporary, target, aside=staging / "old" / target.name)
-            _fsync(target.parent)
+            fsync(target.parent)
     except BaseException:
         sweep(target.parent)  # an interrupt may have fallen into the removal of the temporary itself
         for parent in made:
@@ -69,7 +70,7 @@ def sweep(folder: Path) -> None:
     if fcntl is None:
         return
     for staging in folder.glob(f"{PREFIX}*{SUFFIX}"):
-        with contextlib.suppress(OSError), _locked(staging):
+        with contextlib.suppress(OSError), locked(staging):
             for old in (staging / "old").glob("*"):  # killed between the two renames of `_move`
                 if not os.path.lexists(folder / old.name):
                     old.rename(folder / old.name)
@@ -85,7 +86,7 @@ def staging_folder(parent: Path) -> Iterator[Path]:
         with contextlib.ExitStack() as stack:
             stack.callback(shutil.rmtree, staging, ignore_errors=True)
             try:
-                stack.enter_context(_locked(staging))
+                stack.enter_context(locked(staging))
             except (BlockingIOError, FileNotFoundError):
                 continue  # another process's sweep came between the two lines: it is gone, take another name
             except OSError:
@@ -95,7 +96,7 @@ def staging_folder(parent: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """Hold the exclusive lock of ``folder``, which the system lets go when the process ends, however it ends.
 
     Raises:
@@ -114,18 +115,24 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _settle(path: Path, mode: int) -> None:
-    """Give every file under ``path`` at least ``mode`` and flush files and folders to the disk, leaves first."""
+def _allow(path: Path, mode: int) -> None:
+    """Give every file under ``path`` at least ``mode``."""
+    for file in path.rglob("*") if path.is_dir() else [path]:
+        if not (file.is_symlink() or file.is_dir()):
+            file.chmod(file.stat().st_mode & 0o777 | mode)
+
+
+def flush(path: Path) -> None:
+    """Bring a file, or every file and folder under ``path``, to the disk, leaves first."""
     if path.is_dir():
         for entry in path.iterdir():
             if not entry.is_symlink():
-                _settle(entry, mode)
-    else:
-        path.chmod(path.stat().st_mode & 0o777 | mode)
-    _fsync(path)
+                flush(entry)
+    fsync(path)
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Bring to the disk what one file holds, or which names one folder holds."""
     if path.is_dir() and sys.platform == "win32":
         return  # folders cannot be opened there
     descriptor = os.open(path, os.O_RDONLY if sys.platform != "win32" else os.O_RDWR)

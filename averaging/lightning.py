@@ -16,7 +16,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from glob import escape, glob
 from pathlib import Path
@@ -35,6 +35,7 @@ from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torchmetrics import Metric
 
 from averaging.apply import applied, load_into
+from averaging.atomic import locked, replacing
 from averaging.averager import Average, Averager
 from averaging.batchnorm import unnoticed
 from averaging.callbacks import (
@@ -53,6 +54,7 @@ from averaging.callbacks import (
     leading,
     refuse_shards,
 )
+from averaging.completeness import Checksums, require_whole, seal
 from averaging.randomness import random_state
 from averaging.weights import Weights, every_name, first_names
 
@@ -288,6 +290,11 @@ class AveragingCallback(CallbackCore, Callback):
                 pl_module.load_state_dict(_stored(payload, wanted), strict=False)
             return
         self._online = self.recalibration = None
+        path = str(trainer.ckpt_path)
+        if payload is not None and self._leads(trainer) and _is_local_file_protocol(path):
+            states = [entry.get("state", {}) for entry in _averages(checkpoint)]
+            if all(os.path.isdir(state["folder"]) for state in states if "folder" in state):  # else `missing` decides
+                require_whole(Path(path))
         for averager in self.averagers:
             averager.reset()
             state = None if payload is None else payload["averages"].get(home(averager), {}).get("state")
@@ -330,7 +337,10 @@ class _CheckpointIO(TorchCheckpointIO):
 
     Checkpoints share the files of that in these folders as hard links. A checkpoint names its folder, which
     is never written to again: a new one is made before a checkpoint is replaced, and the old one removed afterwards.
+    All is on the disk before an older checkpoint is removed.
     """
+
+    _checksums: Checksums | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         entries = [entry for entry in _averages(checkpoint) if isinstance(entry.get("state"), Averager)]
@@ -341,20 +351,34 @@ class _CheckpointIO(TorchCheckpointIO):
             return
         replaced = _folders(path)
         folder = Path(f"{path}.{KEY}-{secrets.token_hex(4)}")
-        try:
-            for entry in entries:
-                averager = entry["state"]
-                averager.save(folder / averager.name)
-                entry["state"] = {"folder": f"{folder.name}/{averager.name}"}
-            super().save_checkpoint(checkpoint, path, storage_options)
-        except Exception:  # not Ctrl-C, which may come when the checkpoint is already there
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
+        with ExitStack() as stack:
+            try:
+                if entries:
+                    folder.mkdir(parents=True)
+                    with suppress(OSError):  # a file system without locks
+                        stack.enter_context(locked(folder))
+                    for entry in entries:
+                        averager = entry["state"]
+                        averager.save(folder / averager.name)
+                        entry["state"] = {"folder": f"{folder.name}/{averager.name}"}
+                    self._checksums = seal(folder, known=self._checksums)
+                if os.path.islink(path):  # to another checkpoint, which is to stay
+                    os.unlink(path)
+                with replacing(path) as file:
+                    torch.save(checkpoint, file)
+            except Exception:  # not Ctrl-C, which may come when the checkpoint is already there
+                shutil.rmtree(folder, ignore_errors=True)
+                raise
         for old in replaced:
-            shutil.rmtree(old, ignore_errors=True)
+            _remove(old)
 
     def load_checkpoint(self, path: str | Path, *args: Any, **options: Any) -> dict[str, Any]:
-        checkpoint = super().load_checkpoint(path, *args, **options)
+        try:
+            checkpoint = super().load_checkpoint(path, *args, **options)
+        except Exception:
+            if _is_local_file_protocol(path) and os.path.isfile(path):
+                require_whole(Path(path))  # which says more, and what to do
+            raise
         place = os.path.dirname(os.path.realpath(path))  # last.ckpt may be a symbolic link
         for entry in _averages(checkpoint):
             if "folder" in entry.get("state", {}):
@@ -364,7 +388,7 @@ class _CheckpointIO(TorchCheckpointIO):
     def remove_checkpoint(self, path: str | Path) -> None:
         super().remove_checkpoint(path)
         for folder in _folders(path):
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove(folder)
 
 
 def _averages(checkpoint: dict[str, Any]) -> list[dict[str, Any]]:
@@ -374,6 +398,18 @@ def _averages(checkpoint: dict[str, Any]) -> list[dict[str, Any]]:
 def _folders(checkpoint: str | Path) -> list[str]:
     """The folders beside ``checkpoint`` that hold its snapshots: one, and what interrupted writes have left."""
     return glob(f"{escape(str(checkpoint))}.{KEY}-*")
+
+
+def _remove(folder: str) -> None:
+    """Remove a folder of snapshots, unless another run is just about to write the checkpoint that names it."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(Path(folder)))
+        except BlockingIOError:
+            return
+        except OSError:
+            pass  # a file system without locks
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def load_average(checkpoint: str | os.PathLike[str], name: str | None = None) -> dict[str, torch.Tensor]:

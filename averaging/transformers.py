@@ -23,6 +23,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
 
 import averaging
 from averaging.anchors import Reference
@@ -47,6 +48,7 @@ from averaging.callbacks import (
     leading,
     refuse_shards,
 )
+from averaging.completeness import Checksums, begin, require_whole, say_skipped, seal, search
 from averaging.randomness import random_state
 from averaging.schedule import Span
 
@@ -91,10 +93,14 @@ class AveragingCallback(CallbackCore, TrainerCallback):
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key not in ("_detach", "recalibration")}
 
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        _Resuming.guard(_running_trainer(self, args, state)[0])
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         trainer, checkpoint = _running_trainer(self, args, state)
+        _Resuming.guard(trainer, checkpoint)
         callbacks = [other for other in trainer.callback_handler.callbacks if isinstance(other, AveragingCallback)]
         averagers = [averager for callback in callbacks for averager in callback.averagers]
         names = [*by_name(averagers)]
@@ -187,7 +193,7 @@ class AveragingCallback(CallbackCore, TrainerCallback):
     def _attach(self, trainer: Any, averagers: list[Averager]) -> None:
         if self._detach is not None:
             self._detach()  # the run before ended with an exception
-        evaluation_loop, save_model = trainer.evaluation_loop, trainer.save_model
+        evaluation_loop, save_model, sealing = trainer.evaluation_loop, trainer.save_model, _Sealing.of(trainer)
         signature, averages = inspect.signature(evaluation_loop), self.averages(averagers)
 
         def holding(name: str) -> AbstractContextManager[Any]:
@@ -219,6 +225,7 @@ class AveragingCallback(CallbackCore, TrainerCallback):
             if not (_internal_call and output_dir and trainer.args.should_save):
                 save_model(output_dir, _internal_call=_internal_call, **kwargs)
                 return
+            sealing.begin(Path(output_dir))
             lead = self.leader if self.checkpoint == "average" else ONLINE
             with holding(lead):
                 save_model(output_dir, _internal_call=True, **kwargs)
@@ -236,6 +243,7 @@ class AveragingCallback(CallbackCore, TrainerCallback):
 
         def detach() -> list[Averager]:
             trainer.evaluation_loop, trainer.save_model = evaluation_loop, save_model
+            sealing.close()
             self._detach = None
             return averagers
 
@@ -277,10 +285,14 @@ class AnchorCallback(TrainerCallback):
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "reference"}
 
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        _Resuming.guard(_running_trainer(self, args, state)[0])
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         trainer, checkpoint = _running_trainer(self, args, state)
+        _Resuming.guard(trainer, checkpoint)
         if (problem := self._problem(trainer)) is not None:
             raise ValueError(f"{type(self).__name__} cannot work here: {problem}")
         averager = self.averager
@@ -298,6 +310,7 @@ class AnchorCallback(TrainerCallback):
             announce([averager], trainer.model)
         self.reference = Reference(averager, trainer.model, trainer.ref_model)
         self.reference.write()
+        _Sealing.of(trainer).writers.append(lambda folder: averager.save(folder / averager.name))
 
     def _problem(self, trainer: Any) -> str | None:
         """Why the trainer's reference cannot follow the policy, if it cannot."""
@@ -326,9 +339,96 @@ class AnchorCallback(TrainerCallback):
         if self.reference is not None and not _skipped(kwargs):
             self.reference.update(state.global_step, epoch=state.epoch)
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if args.should_save:
-            self.averager.save(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}" / self.averager.name)
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        trainer, _ = _running_trainer(self, args, state)
+        _Sealing.of(trainer).close()
+
+
+class _Sealing:
+    """Makes the checkpoints of a run known as complete once they are, before older ones are deleted.
+
+    The last file that Trainer writes into a checkpoint is `trainer_state.json`; then it deletes others. So for the
+    length of a run this stands around the method that writes it.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer, self.state = trainer, trainer.state
+        self.writers: list[Callable[[Path], None]] = []
+        self._save_to_json, self._save_rng_state = trainer.state.save_to_json, trainer._save_rng_state
+        self._checksums: Checksums = {}
+        self._mark: str | None = None
+        trainer.state.save_to_json, trainer._save_rng_state = self.save_to_json, self.save_rng_state
+
+    @classmethod
+    def of(cls, trainer: Any) -> _Sealing:
+        """The one of this run, which several callbacks share."""
+        sealing = getattr(trainer._save_rng_state, "__self__", None)
+        if not isinstance(sealing, cls):
+            return cls(trainer)
+        if sealing.state is trainer.state:
+            return sealing
+        sealing.close()  # the run before ended with an exception
+        return cls(trainer)
+
+    def close(self) -> None:
+        self.state.save_to_json, self.trainer._save_rng_state = self._save_to_json, self._save_rng_state
+
+    def begin(self, folder: Path) -> None:
+        if self._is_checkpoint(folder):
+            self._mark = begin(folder)
+
+    def save_rng_state(self, output_dir: str) -> None:
+        self._save_rng_state(output_dir)
+        self.trainer.accelerator.wait_for_everyone()  # each process has written its own file
+
+    def save_to_json(self, json_path: str) -> None:
+        folder = Path(json_path).parent
+        if not self._is_checkpoint(folder):
+            self._save_to_json(json_path)
+            return
+        for write in self.writers:
+            write(folder)
+        self._save_to_json(json_path)
+        self._checksums = seal(folder, self._mark, self._checksums)
+
+    def _is_checkpoint(self, folder: Path) -> bool:
+        return folder.name == f"checkpoint-{self.state.global_step}"
+
+
+class _Resuming:
+    """Stands in a trainer's `train` for the choice of the checkpoint that a run resumes from.
+
+    ``resume_from_checkpoint=True`` takes the newest one that is whole, not merely that with the highest number; one
+    that was named has to be whole.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer, self._train = trainer, trainer.train
+        functools.update_wrapper(self, trainer.train)
+
+    @classmethod
+    def guard(cls, trainer: Any, checkpoint: Path | None = None) -> None:
+        """Stand there, if not yet; where ``checkpoint`` was loaded before, see that it is whole."""
+        if not isinstance(trainer.train, cls):
+            trainer.train = cls(trainer)
+            if checkpoint is not None:
+                require_whole(checkpoint)
+
+    def __call__(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        checkpoint: Any = resume_from_checkpoint
+        if checkpoint is True and os.path.isdir(folder := self._trainer.args.output_dir):
+            found, skipped = search(Path(folder))
+            if found is not None:
+                say_skipped(folder, found, skipped)
+                checkpoint = found
+            else:  # Trainer's own choice: older versions have written no manifests
+                checkpoint = get_last_checkpoint(folder) or True  # type: ignore[no-untyped-call]
+        if isinstance(checkpoint, str | os.PathLike) and os.path.isdir(checkpoint):
+            require_whole(Path(checkpoint))
+            checkpoint = str(checkpoint)
+        return self._train(checkpoint, *args, **kwargs)
 
 
 def _running_trainer(

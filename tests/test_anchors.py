@@ -340,7 +340,10 @@ def test_refused_anywhere(policy_path, tokenizer, tmp_path):
 def test_resuming_without_the_state_is_an_error(policy_path, tokenizer, tmp_path):
     trainer("dpo", policy_path, tokenizer, tmp_path, [], max_steps=1).train()
     run = trainer("dpo", policy_path, tokenizer, tmp_path, [Callback()], max_steps=2)
-    with pytest.raises(FileNotFoundError, match="no state of 'anchor'"):
+    with (
+        pytest.warns(UserWarning, match="no averaging-manifest"),
+        pytest.raises(FileNotFoundError, match="no state of 'anchor'"),
+    ):
         run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
 
 

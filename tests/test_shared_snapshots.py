@@ -237,7 +237,7 @@ def test_lightning_an_interrupted_save_leaves_the_earlier_checkpoint_whole(tmp_p
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr("lightning.fabric.plugins.io.torch_io._atomic_save", fail)
+        patch.setattr("averaging.lightning.torch.save", fail)
         with pytest.raises(OSError, match="space"):
             run.save_checkpoint(tmp_path / "last.ckpt")
     assert snapshots(tmp_path) == inodes

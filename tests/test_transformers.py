@@ -230,10 +230,14 @@ def test_resume_is_exact(tmp_path, checkpoint, memory, cut):
 
 def test_resume_without_state(tmp_path):
     trainer(tmp_path, []).train()
-    with pytest.raises(FileNotFoundError, match='missing="start"'):
+    with (
+        pytest.warns(UserWarning, match="averaging-manifest.json"),
+        pytest.raises(FileNotFoundError, match='missing="start"'),
+    ):
         trainer(tmp_path, [EMA(0.9)], steps=16).train(resume_from_checkpoint=True)
     callback = EMA(0.9, missing="start")
-    trainer(tmp_path, [callback], steps=16).train(resume_from_checkpoint=True)
+    with pytest.warns(UserWarning, match="averaging-manifest.json"):
+        trainer(tmp_path, [callback], steps=16).train(resume_from_checkpoint=True)
     assert callback.averager.absorbed == 4
 
 
@@ -242,15 +246,19 @@ def test_damaged_state_and_another_models_state(tmp_path):
     file = tmp_path / "checkpoint-12" / "ema" / "ema.safetensors"
     whole = file.read_bytes()
     file.write_bytes(whole[:-8])
-    with pytest.raises(ValueError, match="damaged"):
-        trainer(tmp_path, [EMA(0.9)], steps=16).train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match=r"ema\.safetensors has .* bytes instead of .* resume from .*checkpoint-8"):
+        trainer(tmp_path, [EMA(0.9)], steps=16).train(resume_from_checkpoint=str(tmp_path / "checkpoint-12"))
     file.write_bytes(whole)
     state = tmp_path / "checkpoint-12" / "ema" / "averaging.json"
     numbers = json.loads(state.read_text())
     numbers["layout"] = {f"other.{name}": value for name, value in numbers["layout"].items()}
     state.write_text(json.dumps(numbers))
-    with pytest.raises(ValueError, match=r"damaged|averaged so far"):
-        trainer(tmp_path, [EMA(0.9)], steps=16).train(resume_from_checkpoint=True)
+    (tmp_path / "checkpoint-12" / "averaging-manifest.json").unlink()
+    with (
+        pytest.warns(UserWarning, match="has no averaging-manifest"),
+        pytest.raises(ValueError, match=r"damaged|averaged so far"),
+    ):
+        trainer(tmp_path, [EMA(0.9)], steps=16).train(resume_from_checkpoint=str(tmp_path / "checkpoint-12"))
 
 
 def test_best_model_is_what_was_measured(tmp_path):

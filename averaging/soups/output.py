@@ -16,11 +16,12 @@ from averaging.atomic import replacing
 from averaging.checkpoints.checkpoint import INDEX_FILE, MODEL_FILE, TITLES, Checkpoint, weight_files
 from averaging.checkpoints.files import BITS, layout, nbytes
 from averaging.checkpoints.finding import RECORD_FILE, RECORD_KEY, WIDTH_KEY
+from averaging.completeness import MANIFEST
 
 # Configuration, tokenizers, chat templates, custom code: what belongs to a model besides its weights.
 _COPIED = {".json", ".jinja", ".txt", ".model", ".py", ".tiktoken", ".spm", ".vocab", ".bpe"}
-_NOT_COPIED = {"trainer_state.json", "averaging.json", "soup.json", "all_results.json", "train_results.json"}
-_NOT_COPIED |= {"eval_results.json", "training_args.json", INDEX_FILE}
+_NOT_COPIED = {"trainer_state.json", "averaging.json", MANIFEST, "soup.json", "all_results.json"}
+_NOT_COPIED |= {"train_results.json", "eval_results.json", "training_args.json", INDEX_FILE}
 _COPIED_FOLDERS = {"additional_chat_templates"}
 # Facts of a configuration that decide what the weights mean.
 _ARCHITECTURE = ("model_type", "architectures", "num_attention_heads", "num_key_value_heads", "rope_theta")
