@@ -397,12 +397,18 @@ class Averager(ABC):
             "tensors": {group: dict(weights) for group, weights in self.tensors().items()},
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], model: nn.Module | None = None) -> None:
         """Restore what `state_dict` gave; nothing is changed when it does not fit.
+
+        Args:
+            state: the state.
+            model: where it is sharded and the state is whole, each process takes its part of it.
 
         Raises:
             ValueError: the state of another averager, of a later version, or with parts missing.
         """
+        if model is not None:
+            self.bind(model)
         try:
             kind, version = state["averager"], state["version"]
             if kind != type(self).__name__:
@@ -420,6 +426,11 @@ class Averager(ABC):
                     f"this is process {part[0]}'s part of the state of {part[1]} processes, but this is process "
                     f"{process()[0]} of {process()[1]}: give each its own"
                 )
+            if self._shards and "process" not in state:
+                from averaging.shard_files import Parts
+
+                parts = {group: Parts(weights, self._shards) for group, weights in state["tensors"].items()}
+                state = {**state, "layout": self._layout_of_parts(state["layout"]), "tensors": parts}
             layout = {name: (tuple(shape), getattr(torch, dtype)) for name, (shape, dtype) in state["layout"].items()}
             for group, weights in state["tensors"].items():
                 for name, (shape, _) in layout.items():
@@ -439,7 +450,7 @@ class Averager(ABC):
         self._layout = layout or None
         self._binding = None
         self._written = {}
-        self._sharded = "process" in state
+        self._sharded = bool(self._shards) or "process" in state
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the state to ``folder``, as a whole or not at all: numbers as JSON, tensors as safetensors.
@@ -541,31 +552,30 @@ class Averager(ABC):
             else:
                 parted[part.parent.name], written[name] = part.parent, WrittenFile.of(part)
         try:
-            if parted or self._shards:
-                tensors = self._parts(parted, tensors, state)
+            if parted:
+                from averaging.shard_files import StoredParts
+
+                tensors |= {group: StoredParts(folder, self._shards) for group, folder in parted.items()}
+                if self._shards:
+                    state |= {"layout": self._layout_of_parts(state["layout"]), "process": process()}
             self.load_state_dict({**state, "tensors": tensors})
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from error
-        self._sharded = bool(self._shards)
         self._written = written
         return self
 
-    def _parts(
-        self, parted: Mapping[str, Path], whole: Mapping[str, Weights], state: Mapping[str, Any]
-    ) -> dict[str, Weights]:
-        """This process's parts of a state, whose layout becomes theirs."""
-        from averaging.shard_files import Parts, StoredParts
-
+    def _layout_of_parts(self, layout: Mapping[str, Any]) -> dict[str, Any]:
+        """The ``layout`` in the state of whole weights as it is of this process's parts."""
+        parts = dict(layout)
         for name, like in self._shards.items():
-            entry = state["layout"].get(name)
-            if entry is None or tuple(entry[0]) != like.shape:
-                found = "no" if entry is None else tuple(entry[0])
+            shape, dtype = layout.get(name, (None, None))
+            if shape is None or tuple(shape) != like.shape:
                 raise ValueError(
-                    f"it has {found} {name!r}, which is {tuple(like.shape)} in the model: it is another model's state"
+                    f"it has {'no' if shape is None else tuple(shape)} {name!r}, which is {tuple(like.shape)} in the "
+                    "model: it is another model's state"
                 )
-            entry[0] = list(local(like).shape)
-        tensors: dict[str, Weights] = {group: Parts(weights, self._shards) for group, weights in whole.items()}
-        return tensors | {group: StoredParts(folder, self._shards) for group, folder in parted.items()}
+            parts[name] = (local(like).shape, dtype)
+        return parts
 
     # ------------------------------------------------------------------ for subclasses
 

@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from averaging.apply import applied, load_into
 from averaging.kernels import accumulator_dtype
 from averaging.randomness import random_state
+from averaging.shards import is_sharded
 from averaging.weights import every_name, unwrap
 
 if TYPE_CHECKING:
@@ -145,7 +146,7 @@ def statistics(
         stack.callback(random_state())
         stack.enter_context(_collecting(model, layers))
         batches = islice(batches, limit)
-        if any(isinstance(layer, nn.SyncBatchNorm) for layer in layers):
+        if is_sharded(model) or any(isinstance(layer, nn.SyncBatchNorm) for layer in layers):
             batches = _while_all_have_one(batches, device)
         number = 0
         for number, batch in enumerate(batches, start=1):  # noqa: B007 (counted)
@@ -229,7 +230,7 @@ def _distributed() -> bool:
 
 
 def _while_all_have_one(batches: Iterable[Any], device: torch.device) -> Iterator[Any]:
-    """``batches`` until one process has no more: a SyncBatchNorm layer would wait for it for ever."""
+    """``batches`` until one process has no more: a sharded model or layer would wait for it for ever."""
     iterator = iter(batches)
     while True:
         try:
@@ -316,7 +317,12 @@ class Recalibration:
             tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float64)).item() for tensor in average.values()
         ]
         known = self._known.get(name)
-        if known is None or known[0] != sums:
+        changed = known is None or known[0] != sums
+        if _distributed() and is_sharded(self._model):  # the shard of another process may have changed
+            anywhere = torch.tensor(int(changed), device=next(iter(average.values())).device)
+            distributed.all_reduce(anywhere, distributed.ReduceOp.MAX)
+            changed = bool(anywhere)
+        if known is None or changed:
             with applied(self._model, average):
                 known = self._known[name] = sums, self._measure(self._limit)
         return known[1]

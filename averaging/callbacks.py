@@ -25,7 +25,6 @@ from averaging.batchnorm import LIMIT, Recalibration, batchnorm_layers
 from averaging.decay import Decay
 from averaging.learning_rate import AnnealStrategy, Rates, SWALearningRate
 from averaging.schedule import Span
-from averaging.shards import is_shard
 
 Evaluate = Literal["average", "online", "both", "all"]
 Checkpoint = Literal["online", "average"]
@@ -237,15 +236,6 @@ class CallbackCore:
     def _other_trainers(self) -> str:
         other = {"lightning": "transformers", "transformers": "lightning"}[self.framework]
         return f"this {type(self).__name__} is a callback for {self.framework}: import it from averaging.{other}"
-
-
-def refuse_shards(model: nn.Module) -> None:
-    """Raise if ``model`` is sharded, which the trainers' callbacks do not support."""
-    if any(is_shard(parameter) for parameter in model.parameters()):
-        raise ValueError(
-            "the model is sharded by FSDP2 or tensor parallelism, which the trainers' callbacks do not support: train "
-            "with DDP or in your own loop, or average the saved checkpoints afterwards with `soup`"
-        )
 
 
 def announce(averagers: Iterable[Averager], model: nn.Module) -> None:

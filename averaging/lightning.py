@@ -52,10 +52,11 @@ from averaging.callbacks import (
     by_name,
     home,
     leading,
-    refuse_shards,
 )
 from averaging.completeness import Checksums, require_whole, seal
 from averaging.randomness import random_state
+from averaging.shard_files import Parts, StoredParts, model_parts, replacing_together, save_model_parts, shards_of
+from averaging.shards import is_sharded
 from averaging.weights import Weights, every_name, first_names
 
 __all__ = [
@@ -74,6 +75,9 @@ __all__ = [
 KEY = "averaging"
 """The key of a Lightning checkpoint under which the averages lie."""
 
+AVERAGE = "average"
+"""The folder beside an average's state in a distributed checkpoint that holds the average itself."""
+
 
 class AveragingCallback(CallbackCore, Callback):
     """Keeps averages of the weights during Lightning's ``Trainer.fit``.
@@ -91,6 +95,8 @@ class AveragingCallback(CallbackCore, Callback):
       average for ``ema_val_loss``. From other checkpoints they take the average. With ``save_weights_only=True`` a
       checkpoint holds only these weights if a metric of an average other than the first, or of the online weights,
       chose it, and otherwise those that ``checkpoint=`` names.
+    - Under ``ModelParallelStrategy`` (FSDP2, tensor parallelism) the averages are those of each process's shards, and
+      lie in a folder inside the checkpoint, to which every process writes its part.
     - When training ends (at ``on_fit_end``) the model holds the average. The online weights are in the last
       checkpoint, and calling ``fit`` again with the same trainer continues from them (with new optimizers, as
       Lightning makes them; resume from the checkpoint to keep their state).
@@ -103,6 +109,7 @@ class AveragingCallback(CallbackCore, Callback):
     _rewind: Callable[[], None] | None = None
     _detach: Callable[[], None] | None = None
     _online: Weights | None = None  # the weights being trained, while the model holds the average
+    _parts: str | None = None  # the folder of the averages in the distributed checkpoint being saved
 
     def __getstate__(self) -> dict[str, Any]:
         passing = ("_evaluation", "_rewind", "_detach", "recalibration")
@@ -148,6 +155,17 @@ class AveragingCallback(CallbackCore, Callback):
         @functools.wraps(save)
         def save_checkpoint(filepath: Any, weights_only: bool | None = None, *args: Any, **kwargs: Any) -> None:
             weights: Average | Weights = {}
+            if is_sharded(module) and not weights_only:
+                checkpoint = Path(trainer.strategy.broadcast(os.fspath(filepath)))
+                self._parts = trainer.strategy.broadcast(f"{KEY}-{secrets.token_hex(4)}")
+                replaced = [*checkpoint.glob(f"{KEY}-*")]
+                self._save_parts(checkpoint / self._parts, module, self._all_averagers(trainer))
+                with applied(module, self._online or {}):
+                    save(filepath, weights_only, *args, **kwargs)
+                if trainer.is_global_zero:
+                    for old in replaced:
+                        shutil.rmtree(old, ignore_errors=True)
+                return
             if weights_only:
                 wanted = self._chosen_by(_saving_monitor(), trainer)
                 if wanted is None:
@@ -163,11 +181,43 @@ class AveragingCallback(CallbackCore, Callback):
 
         trainer.save_checkpoint, self._detach = save_checkpoint, detach
 
+    def _save_parts(self, folder: Path, module: LightningModule, averagers: list[Averager]) -> None:
+        """Write the averages of shards and their state, by all processes together, as folders of their names."""
+        averages = self.averages(averagers)
+        for averager in averagers:
+            for name in averager.views() or [averager.name]:
+                saving = averager.saving if name == home(averager) else replacing_together
+                with saving(folder / name) as staging:
+                    if name in averages and averages[name].ready:
+                        save_model_parts(module, averages[name].average(rounded=True), staging / AVERAGE)
+
+    def _refuse_engines(self, trainer: Any, module: LightningModule) -> None:
+        """Raise where the averages could not be kept, evaluated, saved or resumed."""
+        strategy = trainer.strategy
+        if type(strategy).__name__ == "DeepSpeedStrategy":
+            raise ValueError(
+                "averages under DeepSpeed are not supported, as it trains float32 weights of its own, which a callback "
+                'neither sees nor reaches: use ModelParallelStrategy (FSDP2) or strategy="ddp", or average the saved '
+                "checkpoints afterwards with `soup`"
+            )
+        if not is_sharded(module):
+            return
+        if not getattr(strategy, "_save_distributed_checkpoint", True):
+            raise ValueError(
+                "averages under ModelParallelStrategy are saved by all processes, as they are of each one's shards: "
+                "leave out save_distributed_checkpoint=False"
+            )
+        if self.checkpoint == "average" and self._leads(trainer):
+            raise ValueError(
+                'checkpoint="average" is not supported under ModelParallelStrategy, which loads a checkpoint before '
+                "callbacks hear of it: leave it out, and load_average() gives the average of a checkpoint"
+            )
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._online is not None and _holds(pl_module, self.average):
             load_into(pl_module, self._online)
         self._online = None
-        refuse_shards(pl_module)
+        self._refuse_engines(trainer, pl_module)
         batches = trainer.num_training_batches
         steps_per_epoch = total = None
         if isinstance(batches, int):
@@ -250,6 +300,14 @@ class AveragingCallback(CallbackCore, Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if not self._leads(trainer):
             return
+        chosen = self._chosen_by(_saving_monitor(), trainer)
+        if self._parts is not None:
+            names = [*self.averages(self._all_averagers(trainer))]
+            checkpoint[KEY] = {"held": ONLINE, "folder": self._parts, "averages": {name: {} for name in names}}
+            self._parts = None
+            if chosen is not None:
+                checkpoint[KEY]["chosen"] = chosen
+            return
         state_dict = checkpoint["state_dict"]
         beside = isinstance(trainer.strategy.checkpoint_io, _CheckpointIO)
         averages: dict[str, dict[str, Any]] = {}
@@ -267,7 +325,7 @@ class AveragingCallback(CallbackCore, Callback):
         ended = self._online is not None and self._evaluation is None
         held = self.leader if self.checkpoint == "average" or ended else ONLINE
         payload: dict[str, Any] = {"held": held, "averages": averages}
-        if (chosen := self._chosen_by(_saving_monitor(), trainer)) is not None:
+        if chosen is not None:
             payload["chosen"] = chosen
         if held == ONLINE:
             checkpoint["state_dict"] = {**state_dict, **online}
@@ -279,6 +337,9 @@ class AveragingCallback(CallbackCore, Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         payload = checkpoint.get(KEY)
+        parts = None
+        if payload is not None and "folder" in payload:
+            parts = Path(str(trainer.ckpt_path)) / Path(payload["folder"]).name
         if trainer.state.fn != TrainerFn.FITTING:
             if self._leads(trainer):
                 payload = payload or {"held": ONLINE, "averages": {}}
@@ -287,7 +348,10 @@ class AveragingCallback(CallbackCore, Callback):
                     warnings.warn(
                         f"the checkpoint holds no average {wanted!r}: its weights are used as they are", stacklevel=2
                     )
-                pl_module.load_state_dict(_stored(payload, wanted), strict=False)
+                elif parts is not None and (parts / wanted / AVERAGE).is_dir():
+                    load_into(pl_module, model_parts(pl_module, parts / wanted / AVERAGE))
+                else:
+                    _load_differences(pl_module, _stored(payload, wanted))
             return
         self._online = self.recalibration = None
         path = str(trainer.ckpt_path)
@@ -297,19 +361,25 @@ class AveragingCallback(CallbackCore, Callback):
                 require_whole(Path(path))
         for averager in self.averagers:
             averager.reset()
+            if parts is not None:
+                try:
+                    averager.load(parts / home(averager), pl_module)
+                except FileNotFoundError as error:
+                    self.missing_state(averager, "the checkpoint", error)
+                continue
             state = None if payload is None else payload["averages"].get(home(averager), {}).get("state")
             if state is None:
                 self.missing_state(averager, "the checkpoint")
                 continue
             if "folder" not in state:
-                averager.load_state_dict(state)
+                averager.load_state_dict(state, pl_module if is_sharded(pl_module) else None)
                 continue
             try:
-                averager.load(state["folder"])
+                averager.load(state["folder"], pl_module if is_sharded(pl_module) else None)
             except FileNotFoundError as error:
                 self.missing_state(averager, "the folder beside the checkpoint, which is to move along with it,", error)
         if payload is not None and self._leads(trainer):
-            pl_module.load_state_dict(_stored(payload, ONLINE), strict=False)
+            _load_differences(pl_module, _stored(payload, ONLINE))
 
     def _chosen_by(self, monitor: str | None, trainer: Trainer) -> str | None:
         """The weights that a metric measured if it is not one of the usual names: an average's name, or "online"."""
@@ -430,6 +500,8 @@ def load_average(checkpoint: str | os.PathLike[str], name: str | None = None) ->
     Raises:
         ValueError: the checkpoint holds no average, or none of that name.
     """
+    if os.path.isdir(checkpoint):
+        return _load_distributed(Path(checkpoint), name)
     content = torch.load(checkpoint, map_location="cpu", weights_only=True)
     payload = content.get(KEY)
     averages = [] if payload is None else [n for n, entry in payload["averages"].items() if "average" in entry]
@@ -441,11 +513,34 @@ def load_average(checkpoint: str | os.PathLike[str], name: str | None = None) ->
     return {**content["state_dict"], **_stored(payload, name)}
 
 
+def _load_distributed(checkpoint: Path, name: str | None) -> dict[str, torch.Tensor]:
+    """`load_average` of a folder that all processes have written."""
+    payload = torch.load(checkpoint / "meta.pt", map_location="cpu", weights_only=True).get(KEY, {})
+    folder = checkpoint / Path(payload.get("folder", KEY)).name
+    averages = [path.parent.name for path in sorted(folder.glob(f"*/{AVERAGE}"))]
+    if not averages:
+        raise ValueError(f"{checkpoint}: holds no average; it was not written with an averaging callback, or too early")
+    name = payload.get("chosen", next(iter(payload["averages"]))) if name is None else name
+    if name not in averages and name != ONLINE:
+        raise ValueError(f"{checkpoint}: holds no average {name!r}, only {', '.join(averages)}")
+    whole = StoredParts(checkpoint, {})
+    prefix = "state_dict."
+    weights = {key.removeprefix(prefix): whole[key] for key in whole if key.startswith(prefix)}
+    return weights if name == ONLINE else {**weights, **StoredParts(folder / name / AVERAGE, {})}
+
+
 def _stored(payload: dict[str, Any], name: str) -> dict[str, Any]:
     """What the weights called ``name`` differ in from the ``state_dict`` of the checkpoint they lie in."""
     if name == payload["held"]:
         return {}
     return {**payload.get(ONLINE, {}), **payload["averages"].get(name, {}).get("average", {})}
+
+
+def _load_differences(module: LightningModule, weights: dict[str, Any]) -> None:
+    if not is_sharded(module):
+        module.load_state_dict(weights, strict=False)
+    elif weights:
+        load_into(module, Parts(weights, shards_of(module)))
 
 
 def _saving_monitor() -> str | None:

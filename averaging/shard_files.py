@@ -28,7 +28,7 @@ from averaging.checkpoints.files import layout
 from averaging.kernels import rounded
 from averaging.memory import SnapshotFile
 from averaging.shards import is_shard, local, process
-from averaging.weights import stored_tensors
+from averaging.weights import every_tensor, stored_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -108,6 +108,23 @@ def save_parts(weights: Weights, shards: Weights, folder: Path) -> None:
     """
     parts = {name: shard_like(tensor, shards[name]) if name in shards else tensor for name, tensor in weights.items()}
     save(parts, storage_writer=FileSystemWriter(folder))
+
+
+def shards_of(model: nn.Module) -> dict[str, Tensor]:
+    """The DTensors of ``model`` under all their names."""
+    return {name: tensor for name, tensor in every_tensor(model) if is_shard(tensor)}
+
+
+def save_model_parts(model: nn.Module, weights: Weights, folder: Path) -> None:
+    """`save_parts` of ``weights`` of ``model``, under all names of tied weights."""
+    first: dict[int, str] = {}
+    twins = {name: first.setdefault(id(tensor), name) for name, tensor in every_tensor(model)}
+    save_parts({name: weights[twin] for name, twin in twins.items() if twin in weights}, shards_of(model), folder)
+
+
+def model_parts(model: nn.Module, folder: Path) -> StoredParts:
+    """This process's parts of the weights in ``folder``, for a model sharded as ``model``."""
+    return StoredParts(folder, shards_of(model))
 
 
 class Parts(Mapping[str, "Tensor"]):

@@ -21,6 +21,11 @@ def is_shard(tensor: Tensor) -> bool:
     return hasattr(tensor, "to_local")
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether this process may hold only a part of a parameter of ``model``."""
+    return any(is_shard(parameter) for parameter in model.parameters()) or bool(fsdp_modules(model))
+
+
 def local(tensor: Tensor) -> Tensor:
     """What this process holds of ``tensor``: a view of a DTensor's shard, any other tensor itself."""
     if not is_shard(tensor):

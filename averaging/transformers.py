@@ -46,11 +46,11 @@ from averaging.callbacks import (
     by_name,
     home,
     leading,
-    refuse_shards,
 )
 from averaging.completeness import Checksums, begin, require_whole, say_skipped, seal, search
 from averaging.randomness import random_state
 from averaging.schedule import Span
+from averaging.shards import is_sharded
 
 __all__ = [
     "BEMA",
@@ -109,7 +109,11 @@ class AveragingCallback(CallbackCore, TrainerCallback):
                 "averaging under DeepSpeed and FSDP is not supported: train with DDP, or average the saved "
                 "checkpoints afterwards with `soup`"
             )
-        refuse_shards(trainer.model)
+        if is_sharded(trainer.model):
+            raise ValueError(
+                "the model is sharded by FSDP2 or tensor parallelism, which is not supported with this trainer: train "
+                "with DDP, in your own loop or in Lightning, or average the saved checkpoints afterwards with `soup`"
+            )
         steps_per_epoch = _steps_per_epoch(args, kwargs.get("train_dataloader"))
         for averager in self.averagers:
             averager.reset(state.global_step, state.epoch or 0.0)

@@ -151,19 +151,22 @@ def named_weights(model: nn.Module, *, frozen: bool = False, buffers: bool = Fal
     return {name: tensor.detach() for name, tensor in Binding(model, frozen=frozen, buffers=buffers).weights.items()}
 
 
-def every_name(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """All parameters and buffers of ``model`` under all their names, those of tied weights included.
-
-    Of a sharded one what this process holds; a tied weight is the same object under each of its names.
-    """
+def every_tensor(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """All parameters and buffers of ``model`` under all their names, those of tied weights included."""
     inner = unwrap(model)
     reshard(inner)
-    shards: dict[int, Tensor] = {}
     for name, tensor in (*inner.named_parameters(remove_duplicate=False), *inner.named_buffers(remove_duplicate=False)):
         _refuse_lazy(_plain(name), tensor)
+        yield _plain(name), tensor
+
+
+def every_name(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """`every_tensor`, of a sharded one what this process holds: one object under each name of a tied weight."""
+    shards: dict[int, Tensor] = {}
+    for name, tensor in every_tensor(model):
         if is_shard(tensor):
             tensor = shards.setdefault(id(tensor), local(tensor))
-        yield _plain(name), tensor
+        yield name, tensor
 
 
 def stored_tensors(model: nn.Module) -> dict[str, Tensor]:

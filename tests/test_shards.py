@@ -8,9 +8,11 @@ import shutil
 
 import pytest
 import torch
+from ddp_runs import data
 from ranks import on_ranks
 from safetensors.torch import load_file
 from shard_runs import Net, averagers, same
+from torch import nn
 
 from averaging import EMA, load_into
 
@@ -174,3 +176,66 @@ def test_four_processes_read_what_two_have_saved_and_average_in_other_layouts(tw
             for name, average in first["saved"]["3"].items():
                 assert same(layout["loaded"][name], average), name
         assert rank["collectives"] == (0, 1)
+
+
+# ---------------------------------------------------------------------- Lightning
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory):
+    pytest.importorskip("lightning.pytorch")
+    folder = tmp_path_factory.mktemp("lightning")
+    return folder, on_ranks(2, "shard_runs:lightning", folder)
+
+
+def test_lightning_averages_evaluates_and_trains_on(fitted):
+    _, ranks = fitted
+    for rank in ranks:
+        assert rank["averages"]
+        assert rank["holds"]  # at the end, the average
+        assert rank["online"]  # what a run without averages trains
+        assert rank["history"][-1].keys() == {"val_loss", "online_val_loss", "ema_val_loss"}
+        assert rank["collectives"] == (0, 1)
+    assert ranks[0]["history"] == ranks[1]["history"]
+    assert same(ranks[0]["statistics"], ranks[1]["statistics"])
+
+
+def test_lightning_resumes_exactly(fitted):
+    _, ranks = fitted
+    assert [rank["resumed"] for rank in ranks] == [[True] * 4] * 2
+
+
+def test_lightning_checkpoints_hold_the_averages(fitted):
+    from averaging.lightning import load_average
+
+    folder, (first, second) = fitted
+    checkpoint = folder / "straight" / "step=6.ckpt"
+    net = nn.Sequential(nn.Linear(4, 31), nn.Tanh(), nn.Linear(31, 6), nn.BatchNorm1d(6), nn.Linear(6, 1)).eval()
+    for name, expected in {**first["at 6"], "online": first["online at 6"]}.items():
+        stored = load_average(checkpoint, name)
+        assert same({key: stored[key] for key in expected}, expected), name
+        net.load_state_dict({key.removeprefix("net."): tensor for key, tensor in stored.items()})
+    assert same(load_average(checkpoint), load_average(checkpoint, "lawa"))
+    net.load_state_dict({key.removeprefix("net."): tensor for key, tensor in load_average(checkpoint).items()})
+    x, y = data(16, 2)
+    loss = (net(x) - y).square().mean().item()
+    for rank in (first, second):
+        assert rank["validated"][0]["val_loss"] == pytest.approx(loss, rel=1e-5)
+        assert rank["holds what was measured"]
+    with pytest.raises(ValueError, match="no average 'swa', only"):
+        load_average(checkpoint, "swa")
+
+
+def test_lightning_resets_elastically(fitted):
+    _, ranks = fitted
+    for rank in ranks:
+        assert rank["reset"] == [4, 8]
+        assert rank["reset right"]
+
+
+def test_lightning_refuses_what_cannot_be_kept(fitted):
+    _, ranks = fitted
+    for rank in ranks:
+        assert "leave out save_distributed_checkpoint=False" in rank["whole files"]
+        assert 'checkpoint="average" is not supported under ModelParallelStrategy' in rank["the average"]
+        assert "Trajectory stores whole ones" in rank["snapshots"]
