@@ -1,11 +1,12 @@
-"""`soup` as a whole process beside the limit (`cat` of the inputs and a write of the output) and two peers.
+"""`soup` as a whole process beside the limit (`cat` of the inputs and a write of the output) and its peers.
 
-    python scripts/bench/soup.py [--count 4] [--repeats 5] [--folder /tmp/soup-bench]
+    python scripts/bench/soup.py [--count 4] [--repeats 5] [--methods uniform ...] [--folder /tmp/soup-bench]
 
-Writes `count` sharded bf16 checkpoints of about 0.9 GB into the folder, then takes turns, and prints medians of wall
-seconds and of peak resident memory. mergekit takes part when its command `mergekit-yaml` is
-on the PATH (it pins old versions of other packages: give it a virtual environment of its own). The start-up is
-that of `soup --version`, and for the peers that of a process that imports torch and does nothing.
+Writes `count` sharded bf16 checkpoints of about 0.9 GB and what they come from into the folder, then takes turns, and
+prints medians of wall seconds and of peak resident memory, and how many numbers of each result are not mergekit's.
+mergekit takes part when its command `mergekit-yaml` is on the PATH (it pins old versions of other packages: give it a
+virtual environment of its own). The start-up is that of `soup --version`, and for the peers that of a process that
+imports torch and does nothing.
 """
 
 from __future__ import annotations
@@ -30,6 +31,14 @@ mean = {k: (sum(m[k].float() for m in models) / len(models)).bfloat16() for k in
 save_file(mean, sys.argv[2])
 """
 
+
+# Of each method its own options, and mergekit's name, settings of the whole and of each model.
+METHODS = {
+    "uniform": ([], "linear", "", "{weight: 1}"),
+    "task": (["--scale", "0.3"], "task_arithmetic", "parameters: {normalize: false}", "{weight: 0.3}"),
+    "slerp": ([], "multislerp", "", "{weight: 1}"),
+    "model-stock": ([], "model_stock", "", "{}"),
+}
 
 CONFIG = {
     "model_type": "llama",
@@ -57,8 +66,8 @@ def make(folder: Path, count: int) -> None:
     shapes |= {"model.embed_tokens.weight": (8192, 1536), "model.norm.weight": (1536,)}
     names = list(shapes)
     shards = [names[i : i + 49] for i in range(0, len(names), 49)]
-    for i in range(count):
-        target = folder / f"checkpoint-{100 * (i + 1)}"
+    for i in range(-1, count):
+        target = folder / (f"checkpoint-{100 * (i + 1)}" if i >= 0 else "base")
         if (target / "config.json").exists():
             continue
         target.mkdir(parents=True, exist_ok=True)
@@ -69,7 +78,7 @@ def make(folder: Path, count: int) -> None:
             for name in shard:
                 base = torch.randn(shapes[name], generator=torch.Generator().manual_seed(names.index(name))) * 0.02
                 noise = torch.randn(shapes[name], generator=torch.Generator().manual_seed(1000 + i)) * 0.001
-                tensors[name] = (base + noise).bfloat16()
+                tensors[name] = (base + noise if i >= 0 else base).bfloat16()
             save_file(tensors, target / file, metadata={"format": "pt"})
             places |= dict.fromkeys(tensors, file)
         (target / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
@@ -86,48 +95,90 @@ def run(command: list[str], env: dict[str, str]) -> tuple[float, float]:
     return time.perf_counter() - begin, usage.ru_maxrss / 1000
 
 
+def differing(one: Path, other: Path) -> str:
+    """How many numbers of two results differ, and by how much at most."""
+    from safetensors.torch import load_file
+
+    ours, theirs = (
+        {name: tensor for file in sorted(path.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+        for path in (one, other)
+    )
+    different, count, most = 0, 0, 0.0
+    for name, tensor in ours.items():
+        apart = (tensor.double() - theirs[name].double()).abs_()
+        different += int((apart != 0).sum())
+        count += tensor.numel()
+        most = max(most, float(apart.max() / tensor.double().square().mean().sqrt()))
+    return f"{different / count:.4%} of the numbers differ, by {most:.1e} of their tensor's root mean square at most"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["uniform"])
     parser.add_argument("--folder", type=Path, default=Path("/tmp/soup-bench"))
     options = parser.parse_args()
     folder: Path = options.folder / str(options.count)
     # In a process of its own: a child's peak memory counts what its parent held when it was started.
-    maker = multiprocessing.get_context("spawn").Process(target=make, args=(folder, options.count))
+    spawn = multiprocessing.get_context("spawn")
+    maker = spawn.Process(target=make, args=(folder, options.count))
     maker.start()
     maker.join()
-    first = folder / "checkpoint-100"
-    limit = f"cat {folder}/checkpoint-*/*.safetensors >/dev/null; cat {first}/*.safetensors >{folder}/copy"
+    first, paths = folder / "checkpoint-100", [folder / f"checkpoint-{100 * (i + 1)}" for i in range(options.count)]
+    limit = f"cat {{inputs}} >/dev/null; cat {first}/*.safetensors >{folder}/copy"
+    inputs = f"{folder}/checkpoint-*/*.safetensors"
     commands = {
-        "limit: cat inputs, write output": ["bash", "-c", limit],
+        "limit: cat inputs, write output": ["bash", "-c", limit.format(inputs=inputs)],
+        "limit, the initial model too": ["bash", "-c", limit.format(inputs=f"{inputs} {folder}/base/*.safetensors")],
         "start-up of soup": [sys.executable, "-m", "averaging.cli", "--version"],
         "start-up of the peers: import torch": [sys.executable, "-c", "import torch"],
-        "soup": [sys.executable, "-m", "averaging.cli", str(folder), "-o", str(folder / "soup"), "-q"],
-        "load everything": [sys.executable, "-c", LOAD_EVERYTHING, str(folder), str(folder / "all.safetensors")],
     }
-    if mergekit := shutil.which("mergekit-yaml"):
-        recipe = folder / "linear.yaml"
-        models = "".join(f"  - {{model: {path}, parameters: {{weight: 1}}}}\n" for path in folder.glob("checkpoint-*"))
-        recipe.write_text(f"merge_method: linear\ndtype: bfloat16\nmodels:\n{models}")
-        commands["mergekit linear"] = [mergekit, str(recipe), str(folder / "mergekit")]
+    mergekit = shutil.which("mergekit-yaml")
+    for method in options.methods:
+        own, theirs, settings, of_each = METHODS[method]
+        based = method != "uniform"
+        command = [sys.executable, "-m", "averaging.cli", *map(str, paths), "-q", "-o", str(folder / f"soup-{method}")]
+        commands[f"soup {method}"] = [
+            *command,
+            *(["--method", method, "--init", f"{folder}/base"] if based else []),
+            *own,
+        ]
+        if mergekit:
+            recipe = folder / f"{method}.yaml"
+            models = "".join(f"  - {{model: {path}, parameters: {of_each}}}\n" for path in paths)
+            base = f"base_model: {folder}/base\n" if based else ""
+            recipe.write_text(
+                f"merge_method: {theirs}\n{base}dtype: float32\nout_dtype: bfloat16\n{settings}\nmodels:\n{models}"
+            )
+            commands[f"mergekit {theirs}"] = [mergekit, str(recipe), str(folder / f"mergekit-{method}")]
+    if "uniform" in options.methods:
+        everything = str(folder / "all.safetensors")
+        commands["load everything"] = [sys.executable, "-c", LOAD_EVERYTHING, str(folder), everything]
     env = {**os.environ, "OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1"}
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
     for _ in range(options.repeats + 1):  # the first round warms the page cache
         for name, command in commands.items():
-            for output in ("soup", "mergekit"):
-                shutil.rmtree(folder / output, ignore_errors=True)
-            for output in ("copy", "all.safetensors"):
-                (folder / output).unlink(missing_ok=True)
+            for output in (*folder.glob("soup-*"), *folder.glob("mergekit-*")):
+                if str(output) in command:
+                    shutil.rmtree(output)
+            for file in ("copy", "all.safetensors"):
+                (folder / file).unlink(missing_ok=True)
             taken[name].append(run(command, env))
     seconds = {name: statistics.median(t for t, _ in runs[1:]) for name, runs in taken.items()}
-    bound = seconds["limit: cat inputs, write output"]
     print(f"{options.count} checkpoints of {sum(f.stat().st_size for f in first.iterdir()) / 1e9:.2f} GB")
     print("\n| | seconds | besides start-up, × limit | peak MB |\n|---|---:|---:|---:|")
     for name, runs in taken.items():
-        start = seconds["start-up of soup" if name == "soup" else "start-up of the peers: import torch"]
-        extra = "" if name.startswith(("limit", "start")) else f"{(seconds[name] - start) / bound:.2f}"
+        extra = ""
+        if not name.startswith(("limit", "start")):
+            start = seconds["start-up of soup" if name.startswith("soup") else "start-up of the peers: import torch"]
+            alone = name in ("soup uniform", "mergekit linear", "load everything")
+            bound = seconds["limit: cat inputs, write output" if alone else "limit, the initial model too"]
+            extra = f"{(seconds[name] - start) / bound:.2f}"
         print(f"| {name} | {seconds[name]:.2f} | {extra} | {max(m for _, m in runs):.0f} |")
+    for method in options.methods if mergekit else ():
+        result = differing(folder / f"soup-{method}", folder / f"mergekit-{method}")
+        print(f"\n{method}, beside mergekit's {METHODS[method][1]}: {result}.")
 
 
 if __name__ == "__main__":
