@@ -123,6 +123,23 @@ def test_missing_shards_and_shards_elsewhere(tmp_path, refused):
         refused(tmp_path / "a", tmp_path / "b", says=[index, place, words])
 
 
+def test_folders_with_torch_files(tmp_path, refused):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        torch.save({"a": torch.ones(2)}, tmp_path / name / "pytorch_model.bin")
+    bad = tmp_path / "b" / "pytorch_model.bin"
+    for content in (b"", b"x" * 100, bad.read_bytes()[:-50]):
+        bad.write_bytes(content)
+        refused(tmp_path / "a", tmp_path / "b", says=[bad])
+    torch.save({"a": torch.ones(2), "b": Code()}, bad)
+    refused(tmp_path / "a", tmp_path / "b", says=[bad, "needs the code of", "Code"])
+    bad.rename(tmp_path / "b" / "shard.bin")
+    index = tmp_path / "b" / "pytorch_model.bin.index.json"
+    for place, words in [("gone.bin", "missing"), ("../a/pytorch_model.bin", "own folder"), ("shard.bin", "Code")]:
+        index.write_text(json.dumps({"weight_map": {"a": place}}))
+        refused(tmp_path / "a", tmp_path / "b", says=[place, words])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_nan_and_infinity(tmp_path, refused, monkeypatch, dtype, bad):

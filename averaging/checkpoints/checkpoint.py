@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import re
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from averaging.checkpoints.files import Entry, Header, open_regular, read_header, read_into, read_json
-from averaging.checkpoints.pickled import read_pickled
+from averaging.checkpoints.pickled import Pickled, read_pickled
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,6 +21,10 @@ MODEL_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 ADAPTER_FILE = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
+# What these were before safetensors, in the order in which they are looked for.
+TORCH_FILE = "pytorch_model.bin"
+TORCH_INDEX = "pytorch_model.bin.index.json"
+TORCH_ADAPTER = "adapter_model.bin"
 TORCH_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 
 TITLES: dict[Kind, str] = {
@@ -39,18 +43,19 @@ class Checkpoint(Mapping[str, "Tensor"]):
     time. For safetensors everything but reading a tensor works without torch.
 
     Args:
-        path: a Hugging Face model folder (``model.safetensors``, or an index and its shards), a PEFT adapter folder,
-            a ``.safetensors`` file, a Lightning ``.ckpt`` or a torch ``.pt``, ``.pth`` or ``.bin`` file that holds
-            named tensors, directly or under ``state_dict``, ``model_state_dict`` or ``model``. Torch files are read
-            with ``weights_only=True``: no code in them is run.
+        path: a Hugging Face model folder (``model.safetensors`` or ``pytorch_model.bin``, or an index and its shards),
+            a PEFT adapter folder, a ``.safetensors`` file, a Lightning ``.ckpt`` or a torch ``.pt``, ``.pth`` or
+            ``.bin`` file that holds named tensors, directly or under ``state_dict``, ``model_state_dict`` or ``model``.
+            Torch files are read with ``weights_only=True``: no code in them is run.
 
     Attributes:
         path: as given.
         kind: ``"huggingface"``, ``"peft"``, ``"safetensors"``, ``"lightning"`` or ``"torch"``.
         entries: name → `Entry` (dtype, shape, file, byte range), in the order of the files.
-        shards: file name → the names in it; a single item unless the model is sharded; empty for torch files.
-        metadata: file name → the metadata in its header.
-        index: the index of a sharded model, else ``None``.
+        shards: file name → the names in it; a single item unless the model is sharded; empty for torch files. Of
+            ``.bin`` files in folders, the name that such a safetensors file has.
+        metadata: file name → the metadata in its header, of safetensors files.
+        index: the index of a sharded model, else ``None``; file names as in ``shards``.
         config: ``config.json`` or ``adapter_config.json``, else ``None``.
         step: the optimizer step it was saved at, from what the trainer wrote or from the name, else ``None``.
         ties: names that share another tensor's bytes → that tensor's name.
@@ -129,21 +134,24 @@ class Checkpoint(Mapping[str, "Tensor"]):
 
     def _open_folder(self) -> None:
         files = weight_files(self.path)
-        if MODEL_FILE in files or INDEX_FILE in files:
+        models = [name for name in (MODEL_FILE, INDEX_FILE, TORCH_FILE, TORCH_INDEX) if name in files]
+        adapters = [name for name in (ADAPTER_FILE, TORCH_ADAPTER) if name in files]
+        if models:
             self.kind = "huggingface"
-            if MODEL_FILE in files:  # what from_pretrained prefers
-                self._add(self.path / MODEL_FILE, read_header(self.path / MODEL_FILE))
-            else:
-                self._open_index(self.path / INDEX_FILE)
+            if models[0] in (INDEX_FILE, TORCH_INDEX):
+                self._open_index(self.path / models[0])
+            else:  # what from_pretrained prefers
+                self._add_file(self.path / models[0], models[0] == TORCH_FILE)
             if (self.path / "config.json").exists():
                 self.config = read_json(self.path / "config.json")
-        elif ADAPTER_FILE in files:
+        elif adapters:
             self.kind = "peft"
-            self._add(self.path / ADAPTER_FILE, read_header(self.path / ADAPTER_FILE))
+            self._add_file(self.path / adapters[0], adapters[0] == TORCH_ADAPTER)
             self.config = read_json(self.path / ADAPTER_CONFIG)
         else:
             raise FileNotFoundError(
-                f"{self.path} is no model folder: it holds neither {MODEL_FILE} nor {INDEX_FILE} nor {ADAPTER_FILE}"
+                f"{self.path} is no model folder: it holds neither {MODEL_FILE} nor {INDEX_FILE} nor {TORCH_FILE} nor "
+                f"{TORCH_INDEX} nor {ADAPTER_FILE}"
             )
         if (self.path / "trainer_state.json").exists():
             step = read_json(self.path / "trainer_state.json").get("global_step")
@@ -161,30 +169,54 @@ class Checkpoint(Mapping[str, "Tensor"]):
             shard = self.path / file
             if not shard.exists():
                 raise FileNotFoundError(f"{path} names the shard {file}, which is missing; copy the folder again")
-            header = read_header(shard)
+            held = set(self._add_file(shard, path.name == TORCH_INDEX))
             listed = {name for name, place in places.items() if place == file}
-            if wrong := sorted(listed - header.entries.keys()):
+            if wrong := sorted(listed - held):
                 raise ValueError(f"{path} says that {shard.name} holds {wrong[0]!r}, but it does not")
-            if wrong := sorted(header.entries.keys() - listed):
+            if wrong := sorted(held - listed):
                 raise ValueError(f"{shard} holds {wrong[0]!r}, which {path.name} does not say")
-            self._add(shard, header)
+        if path.name == TORCH_INDEX:
+            self.index |= {"weight_map": {name: _as_safetensors(file) for name, file in places.items()}}
+
+    def _add_file(self, path: Path, pickled: bool) -> Iterable[str]:
+        """Add the tensors of a file in a folder; returns their names."""
+        if pickled:
+            entries = self._add_pickled(path).entries
+            if (name := _as_safetensors(path.name)) in self.shards:
+                raise ValueError(f"{path}: another shard's name differs in nothing but the suffix")
+            self.shards[name] = list(entries)
+            return entries
+        header = read_header(path)
+        self._add(path, header)
+        return header.entries
 
     def _open_torch(self) -> None:
-        pickled = read_pickled(self.path)
+        pickled = self._add_pickled(self.path)
         self.kind = "lightning" if pickled.lightning else "torch"
-        self.entries, self.step = pickled.entries, pickled.step
+        self.step = pickled.step
+
+    def _add_pickled(self, path: Path) -> Pickled:
+        pickled = read_pickled(path)
+        self.entries.update(pickled.entries)
         if pickled.spill is not None:
             weakref.finalize(self, pickled.spill.close)
         first: dict[tuple[Path, int, int], str] = {}
-        for name, entry in self.entries.items():
+        for name, entry in pickled.entries.items():
             kept = first.setdefault((entry.file, entry.start, entry.stop), name)
             if kept != name and entry.stop > entry.start:
                 self.ties[name] = kept
+        return pickled
 
 
 def weight_files(folder: Path) -> set[str]:
     """Which of the files that make a folder a checkpoint are there."""
-    return {name for name in (MODEL_FILE, INDEX_FILE, ADAPTER_FILE) if (folder / name).exists()}
+    names = (MODEL_FILE, INDEX_FILE, TORCH_FILE, TORCH_INDEX, ADAPTER_FILE, TORCH_ADAPTER)
+    return {name for name in names if (folder / name).exists()}
+
+
+def _as_safetensors(file: str) -> str:
+    """What a torch file of a model folder is called as a safetensors file."""
+    return file.removeprefix("pytorch_").removesuffix(".bin") + ".safetensors"
 
 
 def step_in_name(path: Path) -> int | None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from averaging.atomic import replacing
-from averaging.checkpoints.checkpoint import INDEX_FILE, MODEL_FILE, TITLES, Checkpoint, weight_files
+from averaging.checkpoints.checkpoint import INDEX_FILE, MODEL_FILE, TITLES, TORCH_INDEX, Checkpoint, weight_files
 from averaging.checkpoints.files import BITS, layout, nbytes
 from averaging.checkpoints.finding import RECORD_FILE, RECORD_KEY, WIDTH_KEY
 from averaging.completeness import MANIFEST
@@ -21,7 +21,7 @@ from averaging.completeness import MANIFEST
 # Configuration, tokenizers, chat templates, custom code: what belongs to a model besides its weights.
 _COPIED = {".json", ".jinja", ".txt", ".model", ".py", ".tiktoken", ".spm", ".vocab", ".bpe"}
 _NOT_COPIED = {"trainer_state.json", "averaging.json", MANIFEST, "soup.json", "all_results.json"}
-_NOT_COPIED |= {"train_results.json", "eval_results.json", "training_args.json", INDEX_FILE}
+_NOT_COPIED |= {"train_results.json", "eval_results.json", "training_args.json", INDEX_FILE, TORCH_INDEX}
 _COPIED_FOLDERS = {"additional_chat_templates"}
 # Facts of a configuration that decide what the weights mean.
 _ARCHITECTURE = ("model_type", "architectures", "num_attention_heads", "num_key_value_heads", "rope_theta")
@@ -217,7 +217,7 @@ class Output:
         files = []
         for file, tensors in names.items():
             order = list(tensors)
-            if self.converted or model.kind in ("lightning", "torch"):
+            if self.converted or not model.metadata:  # of torch files
                 # As safetensors does: the widest first, so that every tensor is aligned.
                 order.sort(key=lambda name: -BITS[dtypes[name]])
             metadata = {"format": "pt"} | next(iter(model.metadata.values()), {})

@@ -1,0 +1,130 @@
+"""Checkpoints as trainers and engines leave them, cooked as they lie."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from averaging import cli
+from averaging.checkpoints import Checkpoint, find
+
+transformers = pytest.importorskip("transformers")
+
+TINY = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 32}
+
+
+def llama(seed, **config):
+    torch.manual_seed(seed)
+    settings = TINY | {"num_key_value_heads": 2, "tie_word_embeddings": False} | config
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings))
+
+
+def same(one, other):
+    assert dict(one).keys() == dict(other).keys()
+    for name, tensor in other.items():
+        assert torch.equal(one[name], tensor), name
+
+
+def mean(*states):
+    return {name: torch.stack([state[name].double() for state in states]).mean(0).float() for name in states[0]}
+
+
+def soup(*arguments):
+    assert cli.main([*map(str, arguments), "-q"]) == 0
+
+
+# --- pytorch_model.bin ------------------------------------------------------------------------------------------------
+
+
+def bin_folder(path, model, shards=1, step=None):
+    """What save_pretrained(safe_serialization=False) wrote, when it still did."""
+    path.mkdir(parents=True)
+    state, names = model.state_dict(), list(model.state_dict())
+    files = [f"pytorch_model-{i + 1:05d}-of-{shards:05d}.bin" for i in range(shards)]
+    files = ["pytorch_model.bin"] if shards == 1 else files
+    places = {name: files[i * shards // len(names)] for i, name in enumerate(names)}
+    for file in files:
+        torch.save({name: state[name] for name in names if places[name] == file}, path / file)
+    if shards > 1:
+        index = {"metadata": {"total_size": 1}, "weight_map": places}
+        (path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(path)
+    torch.save({"not": "weights"}, path / "training_args.bin")
+    if step is not None:
+        (path / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    return path
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("tied", [False, True])
+def test_folders_with_pytorch_model_bin(tmp_path, shards, tied):
+    models = [llama(i, tie_word_embeddings=tied) for i in range(2)]
+    for i, model in enumerate(models):
+        bin_folder(tmp_path / "run" / f"checkpoint-{i + 1}", model, shards, step=i + 1)
+    checkpoints = find(tmp_path / "run")
+    assert [(c.kind, c.step, len(c.shards)) for c in checkpoints] == [("huggingface", i, shards) for i in (1, 2)]
+    same(checkpoints[0], models[0].state_dict())
+    soup(tmp_path / "run", "-o", tmp_path / "out")
+    written = {path.name for path in (tmp_path / "out").iterdir()} - {"config.json", "generation_config.json"}
+    files = {"model.safetensors"}
+    if shards > 1:
+        files = {f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)} | {"model.safetensors.index.json"}
+    assert written == files | {"soup.json"}
+    opened = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out")
+    same(opened.state_dict(), mean(*(model.state_dict() for model in models)))
+    same(Checkpoint(tmp_path / "out"), opened.state_dict())  # with an index that tells the truth
+    soup(tmp_path / "run", "-o", tmp_path / "half", "--dtype", "bf16")
+    assert transformers.LlamaForCausalLM.from_pretrained(tmp_path / "half").dtype == torch.bfloat16
+
+
+def test_model_folders_of_either_format_mix(tmp_path):
+    models = [llama(i) for i in range(2)]
+    bin_folder(tmp_path / "a", models[0], shards=2)
+    models[1].save_pretrained(tmp_path / "b")
+    for last in ("a", "b"):
+        first = "ab".replace(last, "")
+        soup(tmp_path / first, tmp_path / last, "-o", tmp_path / f"out-{last}")
+        assert (tmp_path / f"out-{last}" / "model.safetensors.index.json").exists() == (last == "a")
+        opened = transformers.LlamaForCausalLM.from_pretrained(tmp_path / f"out-{last}")
+        same(opened.state_dict(), mean(*(model.state_dict() for model in models)))
+
+
+def test_adapters_with_adapter_model_bin(tmp_path):
+    for i in range(2):
+        (tmp_path / str(i)).mkdir()
+        torch.save({"a.lora_A.weight": torch.full((2, 3), float(i))}, tmp_path / str(i) / "adapter_model.bin")
+        (tmp_path / str(i) / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    soup(tmp_path / "0", tmp_path / "1", "-o", tmp_path / "out")
+    same(load_file(tmp_path / "out" / "adapter_model.safetensors"), {"a.lora_A.weight": torch.full((2, 3), 0.5)})
+
+
+def test_an_index_of_torch_files_must_tell_the_truth(tmp_path):
+    folder = bin_folder(tmp_path / "m", llama(0), shards=2)
+    index = json.loads((folder / "pytorch_model.bin.index.json").read_text())
+
+    def says(places, error, message):
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": places}))
+        with pytest.raises(error, match=message):
+            Checkpoint(folder)
+
+    places = index["weight_map"]
+    says(places | {"x": "../pytorch_model.bin"}, ValueError, "own folder")
+    says(places | {"x": "pytorch_model-00009-of-00002.bin"}, FileNotFoundError, "missing")
+    says(places | {"x": next(iter(places.values()))}, ValueError, "'x', but it does not")
+    says({name: places[name] for name in list(places)[1:]}, ValueError, "does not say")
+    torch.save({"x": torch.ones(1)}, folder / "model-00001-of-00002.bin")
+    says(places | {"x": "model-00001-of-00002.bin"}, ValueError, "another shard")
+
+
+class Code:
+    pass
+
+
+def test_pickles_in_folders_do_not_execute(tmp_path):
+    for name in "ab":
+        folder = bin_folder(tmp_path / name, llama(0))
+        torch.save({"w": torch.ones(1), "x": Code()}, folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin needs the code of \S*Code"):
+        Checkpoint(tmp_path / "a")
