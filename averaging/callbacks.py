@@ -274,7 +274,14 @@ def home(averager: Averager) -> str:
 
 
 def leading(callbacks: Sequence[C]) -> C:
-    """The first callback that keeps an average, or the first one."""
+    """The first callback that keeps an average, or the first one.
+
+    Raises:
+        ValueError: two of them would set the learning rate.
+    """
+    setting = [callback.averager.name for callback in callbacks if callback.learning_rate is not None]
+    if len(setting) > 1:
+        raise ValueError(f"{setting[0]!r} and {setting[1]!r} both set the learning rate: give swa_lr= to one of them")
     return next((callback for callback in callbacks if callback.average is not None), callbacks[0])
 
 

@@ -297,3 +297,24 @@ def test_settings_that_cannot_work(settings, message):
 
     with pytest.raises(ValueError, match=message):
         SWA(**settings)
+
+
+def test_two_callbacks_that_set_the_learning_rate(tmp_path):
+    """One would undo what the other did."""
+    pl, transformers = pytest.importorskip("lightning.pytorch"), pytest.importorskip("transformers")
+    from lightning.pytorch.demos.boring_classes import BoringModel
+
+    import averaging.lightning
+    import averaging.transformers
+
+    message = "'swa4' and 'swa8' both set the learning rate: give swa_lr= to one of them"
+    two = [averaging.lightning.SWA(start=start, swa_lr=0.1, name=f"swa{start}") for start in (4, 8)]
+    with pytest.raises(ValueError, match=message):
+        pl.Trainer(accelerator="cpu", max_epochs=1, callbacks=two, logger=False, default_root_dir=tmp_path).fit(
+            BoringModel()
+        )
+    two = [averaging.transformers.SWA(start=start, swa_lr=0.1, name=f"swa{start}") for start in (4, 8)]
+    arguments = transformers.TrainingArguments(tmp_path, report_to="none", use_cpu=True)
+    rows = [{"image": images[row], "labels": labels[row]} for row in range(8)]
+    with pytest.raises(ValueError, match=message):
+        transformers.Trainer(Net(), arguments, train_dataset=rows, callbacks=two).train()
