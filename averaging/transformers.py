@@ -17,7 +17,7 @@ import os
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -396,6 +396,11 @@ class _Sealing:
             write(folder)
         self._save_to_json(json_path)
         self._checksums = seal(folder, self._mark, self._checksums)
+        # Trainer deletes what was changed longest ago, and a clock may go backwards: this is the newest.
+        with suppress(FileNotFoundError):
+            newest = max(other.stat().st_mtime for other in folder.parent.glob("checkpoint-*"))
+            if newest > folder.stat().st_mtime:
+                os.utime(folder, (newest + 1, newest + 1))
 
     def _is_checkpoint(self, folder: Path) -> bool:
         return folder.name == f"checkpoint-{self.state.global_step}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,9 @@ import torch
 from ddp_runs import CUT, STEPS
 from ranks import once_on_ranks
 from safetensors.torch import load_file
+
+from averaging import latest_complete
+from averaging.completeness import MANIFEST
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +142,18 @@ def test_a_checkpoint_holds_the_averages_of_its_step(engine, runs):
                 stored = {key.removeprefix("net."): tensor for key, tensor in stored.items()}
             for key, tensor in expected.items():
                 torch.testing.assert_close(stored[key].double(), tensor, rtol=1e-6, atol=1e-7)
+
+
+@trainers
+def test_a_checkpoint_is_whole_with_what_every_rank_wrote(engine, runs):
+    folder, *_ = runs(engine)
+    newest = latest_complete(folder / "straight")
+    assert newest is not None
+    if engine == "transformers":
+        assert newest.name == f"checkpoint-{STEPS}"
+        assert {"rng_state_0.pth", "rng_state_1.pth"} <= json.loads((newest / MANIFEST).read_text())["files"].keys()
+    else:
+        assert newest.name == f"step={STEPS // CUT * CUT}.ckpt"
 
 
 @trainers
