@@ -1,7 +1,7 @@
 """Reward against KL divergence: what the averages of RLHF buy at equal drift, where the reward can be hacked.
 
     python recipes/reward_vs_kl.py                                                     # some five minutes on two cores
-    python recipes/reward_vs_kl.py --steps 500 --seeds 3 --betas 6 --pretraining 3000  # about an hour
+    python recipes/reward_vs_kl.py --steps 500 --seeds 3 --betas 5 --pretraining 3000  # about an hour
 
 A byte-level GRU that has read Python's standard library continues its lines and is paid by a reward model fitted to a
 few hundred of its own answers. What is wanted, the gold reward, is only measured: the share of the answer that is
@@ -192,11 +192,11 @@ def save(policy: hacking.Policy, folder: str, name: str) -> Path:
 
 METHODS: dict[Callable[[Task, float], Points], tuple[tuple[float, ...], int]] = {
     optimum: ((0.35,), 0),
-    fixed: ((0.1, 0.2, 0.4, 0.14, 0.28, 0.06), 1),
+    fixed: ((0.1, 0.2, 0.4, 0.14, 0.28), 1),
     anchored: ((0.8, 1.5, 3.0, 1.1), 1),
-    elastic: ((0.06, 0.14, 0.3), 1),
-    annealed: ((0.1, 0.2, 0.4, 0.14, 0.28), 1),
-    three_batches: ((0.1, 0.2, 0.4), MEMBERS),
+    elastic: ((0.06, 0.14), 1),
+    annealed: ((0.1, 0.2), 1),
+    three_batches: ((0.1, 0.2), MEMBERS),
     warp: ((0.8,), MEMBERS * ROUNDS),
 }
 """Strengths of the KL term, of which the first few are run, and how many times the work of a plain run."""

@@ -48,6 +48,8 @@ def front(curve: str, strengths: dict[str, list[Points]]) -> list[list[Points]]:
 
 def at_kl(curve: str, strengths: dict[str, list[Points]], kl: float, value: str) -> list[float] | None:
     """A value of each seed at ``kl``, with the best β where there is a choice; None if not all seeds have one."""
+    if curve not in LINES and len(strengths) < 3:
+        return None  # a straight line between two ends says little of a curve
     golds = {}
     for number, paths in enumerate(fronts := front(curve, strengths)):
         found = [gold for path in paths if (gold := crossing(path, kl, "gold")) is not None]
@@ -56,6 +58,14 @@ def at_kl(curve: str, strengths: dict[str, list[Points]], kl: float, value: str)
     if not golds:
         return None
     return [crossing(path, kl, value) for path in fronts[max(golds, key=golds.__getitem__)]]
+
+
+def beyond(paths: list[Points], base: list[Points], value: str) -> list[float] | None:
+    """How much more the ends of runs have of a value than other paths at the same KL, seed by seed."""
+    others = [crossing(line, path[-1]["kl"], value) for path, line in zip(paths, base, strict=True)]
+    if None in others:
+        return None
+    return [path[-1][value] - other for path, other in zip(paths, others, strict=True)]
 
 
 def spread(values: list[float] | None) -> str:
@@ -71,9 +81,10 @@ def tables(curves: dict[str, dict[str, list[Points]]], beside: str) -> None:
         if not curve.endswith("LITI"):  # those end where the others do
             for beta, paths in sorted(strengths.items(), key=lambda item: float(item[0])):
                 ends = [[path[-1][value] for path in paths] for value in ("kl", "proxy", "gold")]
-                rows.append((curve, beta, *map(spread, ends)))
-    print("\nAt the end of the runs; of WARP, η = 1")
-    print(report.table(["", "β", "KL", "proxy reward", "gold reward"], rows))
+                more = [beyond(paths, front(beside, curves[beside])[0], value) for value in ("proxy", "gold")]
+                rows.append((curve, beta, *map(spread, ends + more)))
+    print(f"\nAt the end of the runs; of WARP, η = 1. More than the {beside} with the same seed and KL")
+    print(report.table(["", "β", "KL", "proxy reward", "gold reward", "more proxy", "more gold"], rows))
     for title, value, base in (
         ("The gold reward at equal KL", "gold", None),
         ("The proxy reward at equal KL", "proxy", None),
