@@ -48,8 +48,9 @@ Average the weights of saved checkpoints.
   soup --recipe soup.yaml                what a file says; --recipe out/soup.json -o again/: the same soup again
 """
 EPILOG = """\
-A checkpoint is a Hugging Face model folder, a PEFT adapter folder, a .safetensors file, a Lightning .ckpt, or a torch
-.pt, .pth or .bin file of named tensors. Any other folder stands for the checkpoints in it, in the order of their steps.
+A checkpoint is a Hugging Face model folder, a PEFT adapter folder, a torch distributed checkpoint (a folder with
+.metadata), a .safetensors file, a Lightning .ckpt, or a torch .pt, .pth or .bin file of named tensors. Any other folder
+stands for the checkpoints in it, in the order of their steps.
 The result is the same kind of thing as its ingredients, or safetensors; soup.json in it (or NAME.soup.json beside it)
 records what it was made from. Exit status: 0 done, 2 error (nothing was written), 130 interrupted.
 """

@@ -9,13 +9,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from averaging.checkpoints.files import Entry, Header, open_regular, read_header, read_into, read_json
-from averaging.checkpoints.pickled import Pickled, read_pickled
+from averaging.checkpoints.distributed import METADATA_FILE, read_distributed
+from averaging.checkpoints.files import Entry, Header, opening, read_header, read_json
+from averaging.checkpoints.pickled import Pickled, read_pickled, read_step
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Kind = Literal["huggingface", "peft", "safetensors", "lightning", "torch"]
+Kind = Literal["huggingface", "peft", "safetensors", "lightning", "torch", "distributed"]
 
 MODEL_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -25,6 +26,9 @@ ADAPTER_CONFIG = "adapter_config.json"
 TORCH_FILE = "pytorch_model.bin"
 TORCH_INDEX = "pytorch_model.bin.index.json"
 TORCH_ADAPTER = "adapter_model.bin"
+# Where a torch distributed checkpoint lies in a folder: directly, or as accelerate and transformers put it there.
+DISTRIBUTED = (METADATA_FILE, f"pytorch_model_fsdp_0/{METADATA_FILE}")
+LIGHTNING_FILE = "meta.pt"  # beside Lightning's
 TORCH_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 
 TITLES: dict[Kind, str] = {
@@ -33,6 +37,7 @@ TITLES: dict[Kind, str] = {
     "safetensors": "safetensors file",
     "lightning": "Lightning checkpoint",
     "torch": "torch file",
+    "distributed": "torch distributed checkpoint",
 }
 
 
@@ -45,12 +50,13 @@ class Checkpoint(Mapping[str, "Tensor"]):
     Args:
         path: a Hugging Face model folder (``model.safetensors`` or ``pytorch_model.bin``, or an index and its shards),
             a PEFT adapter folder, a ``.safetensors`` file, a Lightning ``.ckpt`` or a torch ``.pt``, ``.pth`` or
-            ``.bin`` file that holds named tensors, directly or under ``state_dict``, ``model_state_dict`` or ``model``.
+            ``.bin`` file that holds named tensors, directly or under ``state_dict``, ``model_state_dict`` or ``model``;
+            or a torch distributed checkpoint, a folder with ``.metadata``, of a model and perhaps its optimizer.
             Torch files are read with ``weights_only=True``: no code in them is run.
 
     Attributes:
         path: as given.
-        kind: ``"huggingface"``, ``"peft"``, ``"safetensors"``, ``"lightning"`` or ``"torch"``.
+        kind: ``"huggingface"``, ``"peft"``, ``"safetensors"``, ``"lightning"``, ``"torch"`` or ``"distributed"``.
         entries: name → `Entry` (dtype, shape, file, byte range), in the order of the files.
         shards: file name → the names in it; a single item unless the model is sharded; empty for torch files. Of
             ``.bin`` files in folders, the name that such a safetensors file has.
@@ -101,11 +107,8 @@ class Checkpoint(Mapping[str, "Tensor"]):
         if dtype is None or entry.dtype.startswith("float4"):
             raise ValueError(f"{self.path}: torch has no tensors of {entry.dtype} like {name!r}")
         raw = torch.empty(entry.stop - entry.start, dtype=torch.uint8)
-        descriptor = open_regular(entry.file)
-        try:
-            read_into(descriptor, raw.numpy().data, entry.start, entry.file)
-        finally:
-            os.close(descriptor)
+        with opening([entry]) as descriptors:
+            entry.read(descriptors, raw.numpy().data, 0)
         tensor: Tensor = raw.view(dtype).reshape(entry.shape)
         return tensor
 
@@ -148,10 +151,18 @@ class Checkpoint(Mapping[str, "Tensor"]):
             self.kind = "peft"
             self._add_file(self.path / adapters[0], adapters[0] == TORCH_ADAPTER)
             self.config = read_json(self.path / ADAPTER_CONFIG)
+        elif distributed := [name for name in DISTRIBUTED if name in files]:
+            self.kind = "distributed"
+            folder = (self.path / distributed[0]).parent
+            self.entries.update(read_distributed(folder))
+            if (folder / LIGHTNING_FILE).exists():
+                self.step = read_step(folder / LIGHTNING_FILE)
+            elif self.path.name.startswith("pytorch_model_fsdp_"):
+                self.step = step_in_name(self.path.absolute().parent)
         else:
             raise FileNotFoundError(
                 f"{self.path} is no model folder: it holds neither {MODEL_FILE} nor {INDEX_FILE} nor {TORCH_FILE} nor "
-                f"{TORCH_INDEX} nor {ADAPTER_FILE}"
+                f"{TORCH_INDEX} nor {ADAPTER_FILE} nor {METADATA_FILE}"
             )
         if (self.path / "trainer_state.json").exists():
             step = read_json(self.path / "trainer_state.json").get("global_step")
@@ -210,7 +221,7 @@ class Checkpoint(Mapping[str, "Tensor"]):
 
 def weight_files(folder: Path) -> set[str]:
     """Which of the files that make a folder a checkpoint are there."""
-    names = (MODEL_FILE, INDEX_FILE, TORCH_FILE, TORCH_INDEX, ADAPTER_FILE, TORCH_ADAPTER)
+    names = (MODEL_FILE, INDEX_FILE, TORCH_FILE, TORCH_INDEX, ADAPTER_FILE, TORCH_ADAPTER, *DISTRIBUTED)
     return {name for name in names if (folder / name).exists()}
 
 

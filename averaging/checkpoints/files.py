@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import stat
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 # safetensors' names, torch's names and the bits of an element
 _DTYPES = (
@@ -42,7 +43,10 @@ TORCH_NAME = {code: name for code, name, _ in _DTYPES}
 CODE = {name: code for code, name, _ in _DTYPES}
 BITS = {name: bits for _, name, bits in _DTYPES}
 
+_WORDS: tuple[tuple[int, Literal["Q", "I", "H", "B"]], ...] = ((8, "Q"), (4, "I"), (2, "H"), (1, "B"))
+
 MAX_HEADER = 100_000_000  # safetensors' own limit
+GATHERED = 256 * 1024  # bytes that are read together to be put into different places
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +58,75 @@ class Entry:
     file: Path
     start: int
     stop: int
+
+    @property
+    def files(self) -> Sequence[Path]:
+        """The files that are to be open for `read`."""
+        return (self.file,)
+
+    def read(self, descriptors: Mapping[Path, int], buffer: memoryview, offset: int) -> None:
+        """Fill ``buffer`` with the tensor's bytes from ``offset`` on; raises as `read_into`."""
+        read_into(descriptors[self.file], buffer, self.start + offset, self.file)
+
+
+@dataclass(frozen=True, slots=True)
+class Strip:
+    """Bytes of a tensor: ``count`` runs, one after the other in a file, ``spacing`` apart in the tensor."""
+
+    file: Path
+    start: int  # in the file
+    at: int  # in the tensor
+    run: int  # bytes
+    count: int
+    spacing: int
+
+    def read(self, descriptor: int, buffer: memoryview, offset: int) -> None:
+        """Fill in those of the tensor's bytes from ``offset`` on that lie here."""
+        end = offset + len(buffer)
+        first = max((offset - self.at) // self.spacing, 0)
+        last = min((end - self.at - 1) // self.spacing, self.count - 1)
+        row = first
+        while row <= last:
+            begin = self.at + row * self.spacing - offset  # in the buffer
+            rows = min((len(buffer) - self.run - begin) // self.spacing + 1, last + 1 - row, GATHERED // self.run)
+            if begin < 0 or rows < 2:  # a run that is cut, or long
+                part = slice(max(begin, 0), min(begin + self.run, len(buffer)))
+                if part.start < part.stop:
+                    read_into(descriptor, buffer[part], self.start + row * self.run + part.start - begin, self.file)
+                row += 1
+                continue
+            data = memoryview(bytearray(rows * self.run))
+            read_into(descriptor, data, self.start + row * self.run, self.file)
+            self._scatter(data, buffer[begin : begin + (rows - 1) * self.spacing + self.run], rows)
+            row += rows
+
+    def _scatter(self, data: memoryview, target: memoryview, rows: int) -> None:
+        size, word = next((size, word) for size, word in _WORDS if self.run % size == self.spacing % size == 0)
+        if rows <= self.run // size:
+            for row in range(rows):
+                target[row * self.spacing : row * self.spacing + self.run] = data[row * self.run :][: self.run]
+        else:  # column by column is quicker
+            source, target = data.cast(word), target.cast(word)
+            for column in range(self.run // size):
+                target[column :: self.spacing // size] = source[column :: self.run // size]
+
+
+@dataclass(frozen=True, slots=True)
+class Pieces(Entry):
+    """A tensor that lies in several places; ``start`` is 0."""
+
+    strips: tuple[Strip, ...]
+
+    @property
+    def files(self) -> Sequence[Path]:
+        return tuple(dict.fromkeys(strip.file for strip in self.strips))
+
+    def read(self, descriptors: Mapping[Path, int], buffer: memoryview, offset: int) -> None:
+        for strip in self.strips:
+            if strip.at >= offset + len(buffer):  # as all others: they come in order
+                break
+            if strip.at + (strip.count - 1) * strip.spacing + strip.run > offset:
+                strip.read(descriptors[strip.file], buffer, offset)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +167,21 @@ def read_into(descriptor: int, buffer: memoryview, offset: int, file: Path) -> N
         if count == 0:
             raise ValueError(f"{file} became shorter while it was read")
         done += count
+
+
+@contextmanager
+def opening(entries: Iterable[Entry]) -> Iterator[Mapping[Path, int]]:
+    """Descriptors of the files that these tensors lie in; raises as `open_regular`."""
+    opened: dict[Path, int] = {}
+    try:
+        for entry in entries:
+            for file in entry.files:
+                if file not in opened:
+                    opened[file] = open_regular(file)
+        yield opened
+    finally:
+        for descriptor in opened.values():
+            os.close(descriptor)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -127,7 +127,7 @@ def _order(checkpoint: Checkpoint) -> tuple[float, list[str | int]]:
 
 
 def _is_last(checkpoint: Checkpoint) -> bool:
-    return checkpoint.kind == "lightning" and checkpoint.path.name.startswith("last")
+    return checkpoint.kind in ("lightning", "distributed") and checkpoint.path.name.startswith("last")
 
 
 def _is_ingredient_folder(path: Path) -> bool:

@@ -73,8 +73,16 @@ def read_pickled(path: Path) -> Pickled:
         entries[name] = Entry(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), file_, start, stop)
     if spill is not None:
         spill.flush()
-    step = next((content[key] for key in STEP_KEYS if type(content.get(key)) is int), None)
-    return Pickled(entries, step, "pytorch-lightning_version" in content, spill)
+    return Pickled(entries, _step(content), "pytorch-lightning_version" in content, spill)
+
+
+def read_step(path: Path) -> int | None:
+    """The optimizer step that a torch file names; raises as `read_pickled`."""
+    return _step(_load(path, "cpu"))
+
+
+def _step(content: dict[str, Any]) -> int | None:
+    return next((content[key] for key in STEP_KEYS if type(content.get(key)) is int), None)
 
 
 def _load(path: Path, device: str) -> dict[str, Any]:

@@ -9,20 +9,22 @@ neither on the number nor on the size of the checkpoints.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import os
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from averaging.checkpoints.files import BITS, open_regular, read_into
+from averaging.checkpoints.files import BITS, opening
 from averaging.soups.arithmetic import SUMS, Arithmetic, arithmetic, as_tensor
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor
 
     from averaging.checkpoints import Checkpoint, Entry
@@ -42,7 +44,7 @@ class _Tensor:
     """One tensor of the soup: where it lies in every ingredient."""
 
     name: str
-    descriptors: list[int]
+    descriptors: Mapping[Path, int]
     sources: list[Entry]
 
     @property
@@ -103,16 +105,11 @@ class _Pass:
         raise NotImplementedError
 
     def _run_group(self, pool: ThreadPoolExecutor, workers: int, names: Sequence[str]) -> None:
-        with ExitStack() as stack:
-            opened: dict[str, int] = {}
+        sources = {name: [ingredient.entries[name] for ingredient in self.ingredients] for name in names}
+        with opening(itertools.chain.from_iterable(sources.values())) as opened:
             tensors = []
             for name in names:
-                sources = [ingredient.entries[name] for ingredient in self.ingredients]
-                for source in sources:
-                    if (path := str(source.file)) not in opened:
-                        opened[path] = open_regular(source.file)
-                        stack.callback(os.close, opened[path])
-                tensors.append(_Tensor(name, [opened[str(source.file)] for source in sources], sources))
+                tensors.append(_Tensor(name, opened, sources[name]))
                 self._begin(tensors[-1], -(-tensors[-1].nbytes // (PIECE * TASK)))
             tasks = ((t, start) for t in tensors for start in range(0, t.nbytes, PIECE * TASK))
             running = [pool.submit(self._work, tasks) for _ in range(workers)]
@@ -149,8 +146,8 @@ class _Pass:
     def _read(self, tensor: _Tensor, start: int, size: int, buffers: _Buffers) -> list[memoryview]:
         """One piece of each ingredient, in memory that the next call may overwrite."""
         rows = buffers.rows(size)
-        for row, descriptor, source in zip(rows, tensor.descriptors, tensor.sources, strict=True):
-            read_into(descriptor, row, source.start + start, source.file)
+        for row, source in zip(rows, tensor.sources, strict=True):
+            source.read(tensor.descriptors, row, start)
         return rows
 
     def _rows(self, tensor: _Tensor, start: int, size: int, buffers: _Buffers) -> list[Tensor]:
@@ -307,14 +304,11 @@ class FisherMixer(Mixer):
         super().__init__(*arguments, **options)
         self.fishers, self.floor = fishers, floor
         self._weighted_mean = kernels.weighted_mean
-        self._descriptors: dict[str, int] = {}
+        self._descriptors: Mapping[Path, int] = {}
 
     def run(self, groups: Sequence[Sequence[str]]) -> Iterator[int]:
         """As `_Pass.run`; the files of all Fishers are open meanwhile."""
-        with ExitStack() as stack:
-            for file in {entry.file for fisher in self.fishers for entry in fisher.entries.values()}:
-                self._descriptors[str(file)] = open_regular(file)
-                stack.callback(os.close, self._descriptors[str(file)])
+        with opening(entry for fisher in self.fishers for entry in fisher.entries.values()) as self._descriptors:
             yield from super().run(groups)
 
     def _combine(
@@ -342,7 +336,7 @@ class FisherMixer(Mixer):
         entry = fisher.entries[name]
         width = BITS[entry.dtype] // 8
         data = memoryview(bytearray(count * width))
-        read_into(self._descriptors[str(entry.file)], data, entry.start + first * width, entry.file)
+        entry.read(self._descriptors, data, first * width)
         values = as_tensor(data, entry.dtype)
         if not (values >= 0).all() or not values.isfinite().all():
             raise ValueError(

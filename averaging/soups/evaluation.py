@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 
 from averaging.atomic import replacing, staging_folder
 from averaging.checkpoints import Checkpoint
-from averaging.checkpoints.files import open_regular, read_json
+from averaging.checkpoints.files import opening, read_json
 from averaging.soups.measures import Measure
 
 if TYPE_CHECKING:
@@ -183,15 +183,12 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     total = hashlib.sha256()
     for name, entry in sorted(checkpoint.entries.items()):
         total.update(f"{name!r} {entry.dtype} {list(entry.shape)}\n".encode())
-        with open(open_regular(entry.file), "rb") as file:
-            file.seek(entry.start)
-            left = entry.stop - entry.start
-            while left:
-                data = file.read(min(left, 1 << 20))
-                if not data:
-                    raise ValueError(f"{entry.file} became shorter while it was read")
+        with opening([entry]) as descriptors:
+            size = entry.stop - entry.start
+            for start in range(0, size, 1 << 20):
+                data = memoryview(bytearray(min(1 << 20, size - start)))
+                entry.read(descriptors, data, start)
                 total.update(data)
-                left -= len(data)
     return total.hexdigest()
 
 

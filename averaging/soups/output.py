@@ -22,6 +22,7 @@ from averaging.completeness import MANIFEST
 _COPIED = {".json", ".jinja", ".txt", ".model", ".py", ".tiktoken", ".spm", ".vocab", ".bpe"}
 _NOT_COPIED = {"trainer_state.json", "averaging.json", MANIFEST, "soup.json", "all_results.json"}
 _NOT_COPIED |= {"train_results.json", "eval_results.json", "training_args.json", INDEX_FILE, TORCH_INDEX}
+SHARD = 5 * 10**9  # bytes of a file, where the ingredients do not say how many files there are to be
 _COPIED_FOLDERS = {"additional_chat_templates"}
 # Facts of a configuration that decide what the weights mean.
 _ARCHITECTURE = ("model_type", "architectures", "num_attention_heads", "num_key_value_heads", "rope_theta")
@@ -94,7 +95,7 @@ class Output:
 
     A Hugging Face model or a PEFT adapter becomes a folder with the same files, tensors, order and sharding, and
     the configuration, tokenizer and code beside them. Anything else becomes a ``.safetensors`` file if ``path`` has
-    that suffix, else a folder with ``model.safetensors``.
+    that suffix, else a folder with ``model.safetensors``; a large torch distributed checkpoint, shards and an index.
 
     Args:
         path: the folder or the file.
@@ -214,6 +215,8 @@ class Output:
             raise ValueError(f"{self.path}: soups are written as safetensors; end the name with .safetensors")
         else:
             names = {MODEL_FILE if self.folder else self.path.name: list(model.entries)}
+            if model.kind == "distributed" and self.folder:
+                names = _shards({name: nbytes(dtypes[name], entry.shape) for name, entry in model.entries.items()})
         files = []
         for file, tensors in names.items():
             order = list(tensors)
@@ -256,9 +259,12 @@ class Output:
             target = folder / source.relative_to(self.model.path)
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(source, target)
-        if self.model.index is not None:
-            size = {"total_size": self.nbytes}
-            index = self.model.index | {"metadata": self.model.index.get("metadata", {}) | size}
+        if self.model.index is not None or len(self.files) > 1:
+            known = self.model.index or {}
+            places = {name: file.name for file in self.files for name in file.tensors}
+            index = (
+                {"weight_map": places} | known | {"metadata": known.get("metadata", {}) | {"total_size": self.nbytes}}
+            )
             _write_json(folder / INDEX_FILE, index)
         if self.converted and self.model.kind == "huggingface" and self.model.config is not None:
             _write_json(folder / "config.json", _with_dtype(self.model.config, self.converted))
@@ -313,6 +319,21 @@ class Writing:
     def _header(file: File, record: Mapping[str, Any]) -> tuple[bytes, list[int]]:
         noted = json.dumps(record, separators=(",", ":"))
         return layout(file.tensors, file.metadata | {RECORD_KEY: noted})
+
+
+def _shards(sizes: Mapping[str, int]) -> dict[str, list[str]]:
+    """The files of a model: one, or as many as it takes for each to hold `SHARD` bytes at most, or a single tensor."""
+    shards: list[list[str]] = [[]]
+    room = SHARD
+    for name, size in sizes.items():
+        if size > room and shards[-1]:
+            shards.append([])
+            room = SHARD
+        shards[-1].append(name)
+        room -= size
+    if len(shards) == 1:
+        return {MODEL_FILE: shards[0]}
+    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": names for i, names in enumerate(shards, start=1)}
 
 
 def _write(descriptor: int, data: memoryview, offset: int) -> None:

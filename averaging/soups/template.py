@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 
 from averaging.checkpoints import Checkpoint
+from averaging.checkpoints.files import opening
 from averaging.checkpoints.finding import TEMPLATE
 
 
@@ -47,22 +48,26 @@ def named_like(template: Checkpoint, ingredients: Iterable[Checkpoint]) -> list[
     renamed = []
     for ingredient in ingredients:
         names = _names(template, ingredient)
-        if any(name != known for name, known in names.items()):
+        if [*names.items()] != [(name, name) for name in ingredient.entries]:
             ingredient = copy.copy(ingredient)
-            ingredient.entries = {names[name]: entry for name, entry in ingredient.entries.items()}
+            ingredient.entries = {known: ingredient.entries[name] for name, known in names.items()}
         renamed.append(ingredient)
     return renamed
 
 
 def _names(template: Checkpoint, ingredient: Checkpoint) -> dict[str, str]:
-    """The name of each of the ingredient's tensors in ``template``."""
+    """The name of each of the ingredient's tensors in ``template``, which need not hold the copies that ties make."""
     names = {}
     for name, entry in ingredient.entries.items():
         known = name
         if template.kind == "peft" and name not in template.entries:
             # In the model PEFT names the adapter and wraps what it trains beside it; not so in the file.
             known = ".".join(part for part in name.split(".") if part not in ("default", "modules_to_save"))
+        elif name not in template.entries and (inner := name.partition(".")[2]) in template.entries:
+            known = inner  # of a LightningModule, whose attribute the model is
         if known not in template.entries:
+            if any(_same(ingredient, name, other) for other in ingredient.entries if other != name):
+                continue
             raise ValueError(
                 f"{template.path} does not hold {name!r}, which {ingredient.path} does: it is another model's, or its "
                 "file uses other names than the model; averaging.load_into puts a soup of the snapshots into the model"
@@ -74,3 +79,19 @@ def _names(template: Checkpoint, ingredient: Checkpoint) -> dict[str, str]:
             )
         names[name] = known
     return names
+
+
+def _same(checkpoint: Checkpoint, name: str, other: str) -> bool:
+    """Whether two tensors of a checkpoint are bit for bit the same."""
+    one, two = checkpoint.entries[name], checkpoint.entries[other]
+    if (one.dtype, one.shape) != (two.dtype, two.shape):
+        return False
+    with opening([one, two]) as descriptors:
+        size = one.stop - one.start
+        for start in range(0, size, 1 << 20):
+            pieces = [memoryview(bytearray(min(1 << 20, size - start))) for _ in (one, two)]
+            one.read(descriptors, pieces[0], start)
+            two.read(descriptors, pieces[1], start)
+            if pieces[0] != pieces[1]:
+                return False
+    return True

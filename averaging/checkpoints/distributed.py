@@ -1,0 +1,376 @@
+"""Torch distributed checkpoints: each process wrote its pieces of the tensors, and ``.metadata`` says what lies where.
+
+The pieces are read where they lie, nothing is gathered first. No pickle runs any code, nor is torch needed: in place of
+the classes that a pickle names, stand-ins take note of what it says about them.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import re
+import zipfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import product
+from math import prod
+from pathlib import Path
+from typing import Any, ClassVar
+
+from averaging.checkpoints.files import BITS, Pieces, Strip, open_regular
+
+METADATA_FILE = ".metadata"
+# What a model's weights are kept under, and what says that it is an optimizer's state.
+CONTAINERS = ("model", "state_dict", "model_state_dict", "module")
+_OPTIMIZER = re.compile(r"optim")
+MAX_STRIPS = 1_000_000  # of one piece
+
+
+class _Noted:
+    """Stands in for an object of a class that a pickle names: what it was made from, and what it was told."""
+
+    def __new__(cls, *args: Any) -> _Noted:
+        noted = super().__new__(cls)
+        noted.args, noted.state = args, {}
+        return noted
+
+    args: tuple[Any, ...]
+    state: Any
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+class _Metadata(_Noted):
+    pass
+
+
+class _Index(_Noted):
+    pass
+
+
+class _Place(_Noted):
+    pass
+
+
+class _Tensor(_Noted):
+    pass
+
+
+class _Bytes(_Noted):
+    pass
+
+
+class _Chunk(_Noted):
+    pass
+
+
+class _Properties(_Noted):
+    pass
+
+
+class _Unpickler(pickle._Unpickler):  # the one in Python: that in C takes any amount of memory that a pickle asks for
+    known: ClassVar[dict[str, type]] = {}
+    dispatch: ClassVar[dict[int, Any]] = {
+        code: load
+        for code, load in pickle._Unpickler.dispatch.items()
+        if code not in pickle.BYTEARRAY8 + pickle.EXT1 + pickle.EXT2 + pickle.EXT4 + pickle.INST + pickle.OBJ
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        if found := self.known.get(f"{module}.{name}"):
+            return found
+        if module == "torch" and re.fullmatch(r"(bool|u?int|float|bfloat|complex|bits|q)\w*", name):
+            return name  # a dtype
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which does not belong there")
+
+
+class _MetadataUnpickler(_Unpickler):
+    known: ClassVar[dict[str, type]] = {
+        "torch.distributed.checkpoint.metadata.Metadata": _Metadata,
+        "torch.distributed.checkpoint.metadata.MetadataIndex": _Index,
+        "torch.distributed.checkpoint.metadata.TensorStorageMetadata": _Tensor,
+        "torch.distributed.checkpoint.metadata.BytesStorageMetadata": _Bytes,
+        "torch.distributed.checkpoint.metadata.ChunkStorageMetadata": _Chunk,
+        "torch.distributed.checkpoint.metadata.TensorProperties": _Properties,
+        "torch.distributed.checkpoint.metadata.StorageMeta": _Noted,
+        "torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING": int,
+        "torch.distributed.checkpoint.filesystem._StorageInfo": _Place,
+        "torch.serialization._get_layout": str,
+        "torch.Size": tuple,
+        "collections.OrderedDict": dict,
+        **{f"{module}.{kind}": _Noted for module in ("pathlib", "pathlib._local") for kind in ("Path", "PosixPath")},
+    }
+
+
+class _RecordUnpickler(_Unpickler):
+    """Reads the pickle in what ``torch.save`` made of a tensor."""
+
+    _STORAGES: ClassVar[dict[str, str]] = {
+        "DoubleStorage": "float64",
+        "FloatStorage": "float32",
+        "HalfStorage": "float16",
+        "BFloat16Storage": "bfloat16",
+        "LongStorage": "int64",
+        "IntStorage": "int32",
+        "ShortStorage": "int16",
+        "CharStorage": "int8",
+        "ByteStorage": "uint8",
+        "BoolStorage": "bool",
+        "ComplexFloatStorage": "complex64",
+    }
+    known: ClassVar[dict[str, type]] = {
+        "torch._utils._rebuild_tensor_v2": _Noted,
+        "torch._utils._rebuild_tensor_v3": _Noted,
+        "collections.OrderedDict": dict,
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and name in self._STORAGES:
+            return self._STORAGES[name]
+        if (module, name) == ("torch.storage", "UntypedStorage"):
+            return None  # of no dtype
+        return super().find_class(module, name)
+
+    def persistent_load(self, pid: Any) -> Any:
+        return pid
+
+
+class _Slice(io.RawIOBase):
+    """Part of a file."""
+
+    def __init__(self, descriptor: int, start: int, length: int) -> None:
+        self._descriptor, self._start, self._length, self._at = descriptor, start, length, 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + (0, self._at, self._length)[whence]
+        if self._at < 0:
+            raise OSError("before the start")
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def read(self, size: int = -1) -> bytes:
+        left = max(self._length - self._at, 0)
+        data = os.pread(self._descriptor, left if size < 0 else min(size, left), self._start + self._at)
+        self._at += len(data)
+        return data
+
+
+def read_distributed(folder: Path) -> dict[str, Pieces]:
+    """The model's tensors in a torch distributed checkpoint; the optimizer's are left out.
+
+    Raises:
+        ValueError: it is corrupt, or names what does not belong there, or has no model, or several.
+        FileNotFoundError: a file is missing.
+        OSError: it may not be read.
+    """
+    path = folder / METADATA_FILE
+    with open(open_regular(path), "rb") as file:
+        try:
+            metadata = _MetadataUnpickler(file).load()
+        except Exception as error:  # a damaged pickle raises about everything
+            raise ValueError(f"{path} cannot be read: {error or type(error).__name__}") from error
+    try:
+        described, places = metadata.state["state_dict_metadata"], metadata.state["storage_data"]
+        names = _names(path, described, metadata.state.get("planner_data"))
+        where = {
+            (index.state["fqn"], tuple(index.state["offset"])): place.state
+            for index, place in places.items()
+            if index.state.get("offset") is not None
+        }
+        found = {name: _Described(path, name, fqn, described[fqn], where) for name, fqn in names.items()}
+    except (AttributeError, KeyError, TypeError, IndexError) as error:
+        raise ValueError(f"{path} does not say what lies where ({error!r}); copy or save it again") from error
+    strips: dict[str, list[Strip]] = {name: [] for name in found}
+    by_file: dict[str, list[tuple[_Described, _Piece]]] = {}
+    for tensor in found.values():
+        for piece in tensor.pieces:
+            by_file.setdefault(piece.file, []).append((tensor, piece))
+    for name, pieces in by_file.items():
+        file_ = folder / name
+        if not file_.exists():
+            raise FileNotFoundError(f"{path} names {name}, which is missing; copy the folder again")
+        with ExitStack() as stack:
+            descriptor = open_regular(file_)
+            stack.callback(os.close, descriptor)
+            for tensor, piece in pieces:
+                strips[tensor.name] += tensor.strips(piece, file_, descriptor)
+    return {
+        name: Pieces(tensor.dtype, tensor.shape, path, 0, tensor.nbytes, tuple(sorted(strips[name], key=_start)))
+        for name, tensor in found.items()
+    }
+
+
+def _start(strip: Strip) -> int:
+    return strip.at
+
+
+def _names(path: Path, described: dict[str, Any], paths: Any) -> dict[str, str]:
+    """Each of the model's tensors: its name → what it is called in the checkpoint."""
+    tensors = [fqn for fqn, one in described.items() if isinstance(one, _Tensor)]
+    if isinstance(paths, dict) and all(isinstance(paths.get(fqn), tuple) and paths[fqn] for fqn in tensors):
+        inside = {fqn: tuple(map(str, paths[fqn])) for fqn in tensors}
+    else:  # no more than the joined names is known
+        containers = sorted({f"{outer}{name}" for outer in ("", "app.") for name in CONTAINERS}, key=len)
+        prefix = next((c for c in containers if any(fqn.startswith(f"{c}.") for fqn in tensors)), "")
+        kept = [fqn for fqn in tensors if not _OPTIMIZER.match(fqn.removeprefix("app."))]
+        if not prefix or not all(fqn.startswith(f"{prefix}.") for fqn in kept):
+            prefix = ""
+        inside = {fqn: (*prefix.split("."), fqn[len(prefix) + 1 :]) if prefix else (fqn,) for fqn in kept}
+    models: dict[tuple[str, ...], dict[str, str]] = {}
+    for fqn, (*outer, name) in inside.items():
+        if not any(_OPTIMIZER.match(part) for part in outer) and (not outer or outer[-1] in CONTAINERS):
+            models.setdefault(tuple(outer), {})[name] = fqn
+    chosen = [outer for outer in models if outer] or list(models)
+    if len(chosen) > 1:
+        listed = ", ".join(".".join(outer) for outer in chosen)
+        raise ValueError(f"{path} holds several models ({listed}); save the one that is meant by itself")
+    if not chosen:
+        first = ", ".join(dict.fromkeys(outer[0] for outer in inside.values()))
+        raise ValueError(
+            f"{path} holds no model's weights, neither directly nor under {', '.join(CONTAINERS)}; it holds "
+            f"{first or 'no tensors'}"
+        )
+    return models[chosen[0]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """A box of a tensor, and where its record lies."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    file: str
+    start: int
+    length: int
+
+
+class _Described:
+    """What the metadata say about one tensor, checked."""
+
+    def __init__(self, path: Path, name: str, fqn: str, said: Any, where: dict[Any, Any]) -> None:
+        self.path, self.name = path, name
+        properties = said.state["properties"].state
+        self.dtype, layout = properties[0], properties[1]
+        self._demand(layout == "torch.strided" and self.dtype in BITS, f"({self.dtype}, {layout}) cannot be averaged")
+        self.shape = tuple(said.state["size"])
+        self._demand(_counts(self.shape), f"has the impossible shape {list(self.shape)}")
+        self.nbytes = prod(self.shape) * BITS[self.dtype] // 8
+        self.pieces: list[_Piece] = []
+        for chunk in said.state["chunks"]:
+            offsets, sizes = tuple(chunk.state["offsets"]), tuple(chunk.state["sizes"])
+            inside = (_counts(offsets) and _counts(sizes) and len(offsets) == len(sizes) == len(self.shape)) and all(
+                o + s <= n or s == 0 for o, s, n in zip(offsets, sizes, self.shape, strict=True)
+            )
+            self._demand(
+                inside, f"has a piece of {list(sizes)} at {list(offsets)}, which is outside {list(self.shape)}"
+            )
+            if prod(sizes) == 0:
+                continue
+            self._demand((fqn, offsets) in where, f"has a piece at {list(offsets)} that lies nowhere")
+            place = where[fqn, offsets]
+            file, start, length = place["relative_path"], place["offset"], place["length"]
+            # By the name alone, as for the shards of an index.
+            plain = isinstance(file, str) and file not in ("", ".", "..") and not set(file) & {"/", "\\", "\0"}
+            self._demand(plain, f"has a piece in {file!r}: pieces must lie in the metadata's own folder")
+            self._demand(_counts((start, length)), f"has a piece at the impossible bytes {start}, {length}")
+            self._demand(not place.get("transform_descriptors"), "is compressed; save it without transformations")
+            self.pieces.append(_Piece(offsets, sizes, file, start, length))
+        self._demand(_tile(self.shape, self.pieces), "has pieces that overlap, or some are missing")
+
+    def _demand(self, condition: bool, problem: str) -> None:
+        if not condition:
+            raise ValueError(f"{self.path}: tensor {self.name!r} {problem}")
+
+    def strips(self, piece: _Piece, file: Path, descriptor: int) -> list[Strip]:
+        """Where the bytes of a piece lie in its file."""
+        whole = piece.start + piece.length <= os.fstat(descriptor).st_size
+        try:
+            dtype, offset, sizes, strides, start, length = _record(_Slice(descriptor, piece.start, piece.length))
+        except Exception as error:  # a damaged archive or pickle raises about everything
+            problem = str(error) or type(error).__name__ if whole else "the file was cut off"
+            raise ValueError(
+                f"{file}: the piece of tensor {self.name!r} at byte {piece.start} cannot be read ({problem}); copy or "
+                "save the folder again"
+            ) from error
+        item = BITS[self.dtype] // 8
+        fits = dtype == self.dtype and sizes == piece.sizes and _counts((offset, *strides))
+        fits = fits and len(strides) == len(sizes) and (offset + prod(sizes)) * item <= length
+        fits = fits and start + length <= piece.length and whole
+        self._demand(fits, f"has a piece in {file.name} of another dtype, shape or size than the metadata say")
+        steps = [prod(self.shape[d + 1 :]) * item for d in range(len(sizes))]
+        at = sum(o * step for o, step in zip(piece.offsets, steps, strict=True))
+        dims = sorted((d for d in range(len(sizes)) if sizes[d] > 1), key=lambda d: strides[d])
+        dense = all(strides[d] == prod(sizes[e] for e in dims[:i]) for i, d in enumerate(dims))
+        self._demand(dense, "is stored with gaps or repetitions; save it after contiguous()")
+        run = item
+        while dims and steps[dims[0]] == run:
+            run *= sizes[dims.pop(0)]
+        count, spacing = (sizes[dims[0]], steps[dims[0]]) if dims else (1, run)
+        outer = dims[:0:-1]
+        self._demand(prod(sizes[d] for d in outer) <= MAX_STRIPS, "is stored in too many pieces; save it contiguous")
+        first = piece.start + start + offset * item
+        return [
+            Strip(
+                file=file,
+                start=first + i * count * run,
+                at=at + sum(k * steps[d] for k, d in zip(index, outer, strict=True)),
+                run=run,
+                count=count,
+                spacing=spacing,
+            )
+            for i, index in enumerate(product(*(range(sizes[d]) for d in outer)))
+        ]
+
+
+def _record(file: _Slice) -> tuple[str, int, tuple[int, ...], tuple[int, ...], int, int]:
+    """A tensor that ``torch.save`` wrote: dtype, offset, sizes and strides in its storage; the storage's place."""
+    with zipfile.ZipFile(file) as archive:
+        records = {record.filename.partition("/")[2]: record for record in archive.infolist()}
+        if any(record.compress_type != zipfile.ZIP_STORED for record in records.values()):
+            raise ValueError("it is compressed, which torch never does")
+        if "byteorder" in records and archive.read(records["byteorder"]) != b"little":
+            raise ValueError("it was written on a big-endian machine")
+        tensor = _RecordUnpickler(io.BytesIO(archive.read(records["data.pkl"]))).load()
+    if not isinstance(tensor, _Noted):
+        raise ValueError("it holds no tensor")
+    (_, dtype, key, _, _), offset, sizes, strides = tensor.args[:4]
+    data = records[f"data/{key}"]
+    file.seek(data.header_offset + 26)
+    lengths = file.read(4)
+    start = data.header_offset + 30 + sum(int.from_bytes(lengths[i : i + 2], "little") for i in (0, 2))
+    return dtype or tensor.args[6], offset, tuple(sizes), tuple(strides), start, data.file_size
+
+
+def _counts(values: Sequence[Any]) -> bool:
+    return all(type(value) is int and value >= 0 for value in values)
+
+
+def _tile(shape: Sequence[int], pieces: Sequence[_Piece]) -> bool:
+    """Whether the pieces make up the whole, without holes and overlaps."""
+    if sum(prod(piece.sizes) for piece in pieces) != prod(shape):
+        return False
+    if len(pieces) < 2:
+        return True
+    # Only pieces that meet in the dimension in which there are most of them can overlap.
+    dim = max(range(len(shape)), key=lambda d: len({piece.offsets[d] for piece in pieces}))
+    near: list[_Piece] = []
+    for piece in sorted(pieces, key=lambda piece: piece.offsets[dim]):
+        near = [other for other in near if other.offsets[dim] + other.sizes[dim] > piece.offsets[dim]]
+        if any(_overlap(piece, other) for other in near):
+            return False
+        near.append(piece)
+    return True
+
+
+def _overlap(one: _Piece, other: _Piece) -> bool:
+    return all(
+        a < b + n and b < a + m for a, m, b, n in zip(one.offsets, one.sizes, other.offsets, other.sizes, strict=True)
+    )
