@@ -328,17 +328,26 @@ class Averager(ABC):
             weights, tensors = {name: local(tensor) for name, tensor in model.items()}, model
         self._shards = {name: tensor for name, tensor in tensors.items() if is_shard(tensor)}
         self._sharded = bool(self._shards)
-        if self._sharded and not self.shardable:
-            raise ValueError(
-                f"the weights are sharded by FSDP2 or tensor parallelism, and {type(self).__name__} stores whole ones: "
-                "train with DDP, or keep another average"
-            )
+        if self._sharded:
+            self.require_shardable()
         layout = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in weights.items()}
         if self._layout is None:
             self._layout = layout
         elif layout != self._layout:
             self._explain(layout)
         return weights
+
+    def require_shardable(self) -> None:
+        """Raise if it cannot average weights of which each process holds a part.
+
+        Raises:
+            ValueError: it cannot.
+        """
+        if not self.shardable:
+            raise ValueError(
+                f"the weights are sharded by FSDP2 or tensor parallelism, and {type(self).__name__} stores whole ones: "
+                "train with DDP, or keep another average"
+            )
 
     def _explain(self, layout: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
         assert self._layout is not None

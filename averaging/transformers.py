@@ -50,6 +50,7 @@ from averaging.callbacks import (
 from averaging.completeness import Checksums, begin, require_whole, say_skipped, seal, search
 from averaging.randomness import random_state
 from averaging.schedule import Span
+from averaging.shard_files import replacing_together
 from averaging.shards import is_sharded
 
 __all__ = [
@@ -76,6 +77,8 @@ class AveragingCallback(CallbackCore, TrainerCallback):
     - ``checkpoint-500/lawa`` holds the average, a folder that `from_pretrained` opens, and the state to resume from.
       With ``checkpoint="average"``, ``checkpoint-500`` itself holds the average and ``checkpoint-500/online`` the
       weights being trained.
+    - Of a model that ``from_pretrained(distributed_config=...)`` has sharded (FSDP2, tensor parallelism) the averages
+      are those of each process's shards. Trainer saves no optimizer then, so such a run cannot be resumed.
     - When training ends the model holds the average; with ``load_best_model_at_end`` that of the best checkpoint, or
       whatever else ``metric_for_best_model`` measured. The online weights are in the last checkpoint.
 
@@ -104,16 +107,10 @@ class AveragingCallback(CallbackCore, TrainerCallback):
         callbacks = [other for other in trainer.callback_handler.callbacks if isinstance(other, AveragingCallback)]
         averagers = [averager for callback in callbacks for averager in callback.averagers]
         names = [*by_name(averagers)]
-        if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
-            raise ValueError(
-                "averaging under DeepSpeed and FSDP is not supported: train with DDP, or average the saved "
-                "checkpoints afterwards with `soup`"
-            )
+        _refuse_engines(trainer)
         if is_sharded(trainer.model):
-            raise ValueError(
-                "the model is sharded by FSDP2 or tensor parallelism, which is not supported with this trainer: train "
-                "with DDP, in your own loop or in Lightning, or average the saved checkpoints afterwards with `soup`"
-            )
+            for averager in averagers:
+                averager.require_shardable()
         steps_per_epoch = _steps_per_epoch(args, kwargs.get("train_dataloader"))
         for averager in self.averagers:
             averager.reset(state.global_step, state.epoch or 0.0)
@@ -226,20 +223,23 @@ class AveragingCallback(CallbackCore, TrainerCallback):
                 for average in averages.values():  # in which all processes take part, though one saves
                     if average.ready:
                         average.average(rounded=True)
-            if not (_internal_call and output_dir and trainer.args.should_save):
+            sharded = is_sharded(trainer.model)  # of which all processes write their parts
+            if not (_internal_call and output_dir and (trainer.args.should_save or sharded)):
                 save_model(output_dir, _internal_call=_internal_call, **kwargs)
                 return
-            sealing.begin(Path(output_dir))
+            if trainer.args.should_save:
+                sealing.begin(Path(output_dir))
             lead = self.leader if self.checkpoint == "average" else ONLINE
             with holding(lead):
                 save_model(output_dir, _internal_call=True, **kwargs)
+            replace = replacing_together if sharded else replacing
             if lead != ONLINE:
-                with replacing(Path(output_dir) / ONLINE) as folder:
+                with replace(Path(output_dir) / ONLINE) as folder:
                     save_model(str(folder), _internal_call=True, **kwargs)
             for averager in averagers:
                 for name in averager.views() or [averager.name]:
                     # The state lies with the first one.
-                    saving = averager.saving if name == home(averager) else replacing
+                    saving = averager.saving if name == home(averager) else replace
                     with saving(Path(output_dir) / name) as folder:
                         if name in averages and name != lead:
                             with holding(name):
@@ -327,7 +327,7 @@ class AnchorCallback(TrainerCallback):
                 return "there are two of them: one reference follows one average"
         if self.averager.name in (home(averager) for averager in averagers):
             return f"an average of this run is named {self.averager.name!r}, too: give it another name="
-        if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled or is_sharded(trainer.model):
             return "DeepSpeed and FSDP are not supported, as their parameters are not whole weights: train with DDP"
         if not hasattr(trainer, "ref_model"):
             return f"{kind} has no reference model. TRL's GRPO, RLOO, DPO and KTO trainers have one"
@@ -427,6 +427,11 @@ class _Resuming:
 
     def __call__(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         checkpoint: Any = resume_from_checkpoint
+        if checkpoint and is_sharded(self._trainer.model):
+            raise ValueError(
+                "a model sharded by DistributedConfig cannot resume, as Trainer saves no state of its optimizer: begin "
+                "a new run with from_pretrained of the checkpoint"
+            )
         if checkpoint is True and os.path.isdir(folder := self._trainer.args.output_dir):
             found, skipped = search(Path(folder))
             if found is not None:
@@ -462,6 +467,29 @@ def _running_trainer(
     if checkpoint is None and state.global_step > 0:
         checkpoint = str(Path(args.output_dir) / f"checkpoint-{state.global_step}")
     return trainer, Path(checkpoint) if checkpoint else None
+
+
+def _refuse_engines(trainer: Any) -> None:
+    """Raise where averages could not be kept, saved or resumed."""
+    way_out = (
+        "load the model with distributed_config=DistributedConfig(fsdp_size=...), train with DDP, or average the saved "
+        "checkpoints afterwards with `soup`"
+    )
+    if trainer.is_deepspeed_enabled:
+        raise ValueError(
+            "averages under DeepSpeed are not supported, as it trains float32 weights of its own, which a callback "
+            f"neither sees nor reaches: {way_out}"
+        )
+    if trainer.is_fsdp_enabled:
+        raise ValueError(
+            "averages under accelerate's FSDP are not supported, as the saving of its checkpoints leaves no room for "
+            f"them: {way_out}"
+        )
+    if is_sharded(trainer.model) and trainer.args.load_best_model_at_end:
+        raise ValueError(
+            "load_best_model_at_end does not reach a model sharded by DistributedConfig: leave it out, and open the "
+            "average in the best checkpoint with from_pretrained"
+        )
 
 
 def _restore_online(trainer: Any, checkpoint: Path, names: Iterable[str]) -> None:

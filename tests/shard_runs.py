@@ -492,3 +492,103 @@ def lightning(folder: Path) -> dict[str, Any]:
         except ValueError as error:
             results[name] = str(error)
     return results
+
+
+# ---------------------------------------------------------------------- transformers
+
+
+def transformers(folder: Path) -> dict[str, Any]:
+    from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+    from transformers.distributed import DistributedConfig
+
+    from averaging.transformers import AveragingCallback
+
+    logging.disable(logging.WARNING)
+    distributed.init_process_group("gloo")
+    if distributed.get_rank() == 0:
+        torch.manual_seed(0)
+        LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=18, hidden_size=8, intermediate_size=15, num_hidden_layers=2, num_attention_heads=2,
+                num_key_value_heads=1, tie_word_embeddings=True,
+            )
+        ).save_pretrained(folder / "model")  # fmt: skip
+    distributed.barrier()
+
+    class Recorder(TrainerCallback):
+        def __init__(self) -> None:
+            self.weights: dict[int, Any] = {}
+
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            self.weights[state.global_step] = gathered(model)
+
+    rows = torch.randint(18, (64, 6), generator=torch.Generator().manual_seed(1))
+    examples = [{"input_ids": row, "labels": row} for row in rows]
+
+    def run(name: str, *callbacks: Any, resume: str | None = None, **options: Any) -> tuple[Any, Recorder, Trainer]:
+        model = LlamaForCausalLM.from_pretrained(
+            folder / "model", distributed_config=DistributedConfig(fsdp_size=2), dtype=torch.float32
+        )
+        recorder = Recorder()
+        arguments = TrainingArguments(
+            **{
+                "output_dir": str(folder / name), "max_steps": 8, "per_device_train_batch_size": 2, "save_steps": 3,
+                "eval_steps": 2, "learning_rate": 0.05, "lr_scheduler_type": "constant", "seed": 1, "use_cpu": True,
+                "report_to": "none", "disable_tqdm": True, "logging_steps": 100, "save_only_model": True,
+                "eval_strategy": "steps" if callbacks else "no", "gradient_accumulation_steps": 2, **options,
+            }
+        )  # fmt: skip
+        trainer = Trainer(
+            model=model, args=arguments, train_dataset=examples[:48], eval_dataset=examples[48:],
+            callbacks=[recorder, *callbacks],
+        )  # fmt: skip
+        trainer.train(resume_from_checkpoint=resume)
+        return model, recorder, trainer
+
+    def kept() -> list[Averager]:
+        return [LAWA(k=3, every=2, memory=folder / "ring"), EMA(0.8)]
+
+    count_collectives()
+    plain, _, _ = run("plain", save_strategy="no")
+    straight = kept()
+    model, recorder, trainer = run("straight", AveragingCallback(*straight, evaluate="all"))
+    references, expected = kept(), {}
+    for step, weights in recorder.weights.items():
+        for reference in references:
+            reference.update(weights, step)
+            average = reference.average() if reference.absorbed else {}
+            expected[step, reference.name] = {name: tensor.clone() for name, tensor in average.items()}
+    last = {average.name: whole(model, average.average()) for average in straight}
+    results: dict[str, Any] = {
+        "averages": all(same(last[reference.name], reference.average()) for reference in references),
+        "collectives": collectives(),
+        "holds": same(gathered(model), last["lawa"]),
+        "history": [
+            {key: value for key, value in entry.items() if key.endswith("loss")}
+            for entry in trainer.state.log_history
+            if "eval_loss" in entry
+        ],
+        "at 6": {name: expected[6, name] for name in ("lawa", "ema")},
+        "online at 6": recorder.weights[6],
+        "online": same(gathered(plain), recorder.weights[8]),
+    }
+    state = [average.load(folder / "straight" / "checkpoint-6" / average.name, model) for average in kept()]
+    results["state"] = [same(whole(model, average.average()), expected[6, average.name]) for average in state]
+
+    reset, reference = ElasticReset(4, 0.8), ElasticReset(4, 0.8)
+    reference.update(gathered(LlamaForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)), 0)
+    _, recorder, _ = run("reset", AveragingCallback(reset), save_strategy="no")
+    resets = {step: reference.update(weights, step) for step, weights in recorder.weights.items()}
+    results["reset"] = [step for step, weights in resets.items() if weights is not None]
+    results["reset right"] = same(whole(model, reset.average()), reference.average())
+
+    for name, callback, options in (
+        ("best", AveragingCallback(EMA(0.8)), {"load_best_model_at_end": True, "save_steps": 2}),
+        ("resume", AveragingCallback(*kept()), {"resume": str(folder / "straight" / "checkpoint-6")}),
+        ("snapshots", AveragingCallback(Trajectory(folder / "trajectory", every=1)), {}),
+    ):
+        try:
+            run(name, callback, **options)
+        except ValueError as error:
+            results[name] = str(error)
+    return results

@@ -239,3 +239,86 @@ def test_lightning_refuses_what_cannot_be_kept(fitted):
         assert "leave out save_distributed_checkpoint=False" in rank["whole files"]
         assert 'checkpoint="average" is not supported under ModelParallelStrategy' in rank["the average"]
         assert "Trajectory stores whole ones" in rank["snapshots"]
+
+
+# ---------------------------------------------------------------------- transformers
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("transformers")
+    return folder, on_ranks(2, "shard_runs:transformers", folder)
+
+
+def test_transformers_averages_evaluates_and_trains_on(trained):
+    _, ranks = trained
+    for rank in ranks:
+        assert rank["averages"]
+        assert rank["holds"]  # at the end, the average
+        assert rank["online"]  # what a run without averages and evaluations trains
+        assert rank["collectives"] == (0, 1)
+    assert ranks[0]["history"] == ranks[1]["history"]
+    assert len(ranks[0]["history"]) == 4
+
+
+def test_transformers_checkpoints_hold_the_averages(trained):
+    from transformers import LlamaForCausalLM, Trainer, TrainingArguments
+
+    folder, (first, second) = trained
+    checkpoint = folder / "straight" / "checkpoint-6"
+    rows = torch.randint(18, (64, 6), generator=torch.Generator().manual_seed(1))[48:]
+    arguments = TrainingArguments(
+        output_dir=str(folder / "measured"), use_cpu=True, report_to="none", disable_tqdm=True
+    )
+    for name, place, metric in (("lawa", "lawa", ""), ("ema", "ema", "ema_"), ("online", "", "online_")):
+        model = LlamaForCausalLM.from_pretrained(checkpoint / place)
+        expected = first["online at 6"] if name == "online" else first["at 6"][name]
+        assert same({key: tensor.detach() for key, tensor in model.named_parameters()}, expected), name
+        examples = [{"input_ids": row, "labels": row} for row in rows]
+        measured = Trainer(model=model, args=arguments, eval_dataset=examples).evaluate()
+        assert first["history"][2][f"eval_{metric}loss"] == pytest.approx(measured["eval_loss"], rel=1e-5)
+    assert first["state"] == second["state"] == [True, True]  # for a run that begins with these weights
+    assert (checkpoint / "averaging-manifest.json").is_file()
+
+
+def test_transformers_resets_elastically(trained):
+    _, ranks = trained
+    for rank in ranks:
+        assert rank["reset"] == [4, 8]
+        assert rank["reset right"]
+
+
+def test_transformers_refuses_what_cannot_be_kept(trained):
+    _, ranks = trained
+    for rank in ranks:
+        assert "load_best_model_at_end does not reach" in rank["best"]
+        assert "Trainer saves no state of its optimizer" in rank["resume"]
+        assert "Trajectory stores whole ones" in rank["snapshots"]
+
+
+def test_accelerates_fsdp_and_deepspeed_are_refused_in_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    from averaging.transformers import EMA as EMACallback
+
+    config = transformers.LlamaConfig(
+        vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+        num_key_value_heads=1,
+    )  # fmt: skip
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path), max_steps=1, use_cpu=True, report_to="none", disable_tqdm=True
+    )
+    rows = [{"input_ids": torch.zeros(4, dtype=torch.long), "labels": torch.zeros(4, dtype=torch.long)}] * 8
+    for engine, message in (("is_fsdp_enabled", "accelerate's FSDP"), ("is_deepspeed_enabled", "DeepSpeed")):
+
+        class Engine(transformers.TrainerCallback):
+            def on_train_begin(self, args, state, control, engine=engine, **kwargs):
+                setattr(self.trainer, engine, True)
+
+        trainer = transformers.Trainer(
+            model=transformers.LlamaForCausalLM(config), args=arguments, train_dataset=rows,
+            callbacks=[Engine, EMACallback(0.9)],
+        )  # fmt: skip
+        Engine.trainer = trainer
+        with pytest.raises(ValueError, match=f"averages under {message}.*DistributedConfig"):
+            trainer.train()
