@@ -98,7 +98,7 @@ def flaw(checkpoint: str | os.PathLike[str]) -> str | None:
     """Why a checkpoint is not whole, in a few words; None if it is.
 
     Args:
-        checkpoint: a folder that was written with a callback of this library, or a Lightning ``.ckpt`` file.
+        checkpoint: what was written with a callback of this library: a folder, or a Lightning ``.ckpt`` file.
     """
     checkpoint = Path(checkpoint)
     try:
@@ -179,11 +179,11 @@ def _newest_first(folder: Path) -> list[Path]:
 
 
 def _lacks_optimizer(checkpoint: Path) -> str | None:
-    if checkpoint.is_dir():
+    if checkpoint.is_dir() and checkpoint.suffix != ".ckpt":
         names = {path.name for path in checkpoint.iterdir()}
         there = "trainer_state.json" in names and any(name.startswith(("optimizer", "global_step")) for name in names)
     else:
-        there = "optimizer_states" in _content(checkpoint)
+        there = "lr_schedulers" in _content(checkpoint)
     return None if there else "it holds no optimizer's state to resume from"
 
 
@@ -254,12 +254,13 @@ class _PlainData(pickle.Unpickler):
 
 
 def _content(file: Path) -> dict[str, Any]:
-    """What a Lightning checkpoint holds besides tensors and objects.
+    """What a Lightning checkpoint, a file or what several processes have written, holds besides tensors and objects.
 
     Raises:
         ValueError: the file is damaged, or no such checkpoint.
         OSError: it cannot be read.
     """
+    file = file / "meta.pt" if file.is_dir() else file
     try:
         with zipfile.ZipFile(file) as archive:
             name = next(name for name in archive.namelist() if name.endswith("data.pkl"))

@@ -53,7 +53,7 @@ from averaging.callbacks import (
     home,
     leading,
 )
-from averaging.completeness import Checksums, require_whole, seal
+from averaging.completeness import Checksums, begin, require_whole, seal
 from averaging.randomness import random_state
 from averaging.shard_files import Parts, StoredParts, model_parts, replacing_together, save_model_parts, shards_of
 from averaging.shards import is_sharded
@@ -150,21 +150,24 @@ class AveragingCallback(CallbackCore, Callback):
                     'the weights being trained: pass checkpoint="average" to save the average',
                     stacklevel=2,
                 )
-        save = trainer.save_checkpoint
+        save, checksums = trainer.save_checkpoint, Checksums()
 
         @functools.wraps(save)
         def save_checkpoint(filepath: Any, weights_only: bool | None = None, *args: Any, **kwargs: Any) -> None:
+            nonlocal checksums
             weights: Average | Weights = {}
             if is_sharded(module) and not weights_only:
                 checkpoint = Path(trainer.strategy.broadcast(os.fspath(filepath)))
                 self._parts = trainer.strategy.broadcast(f"{KEY}-{secrets.token_hex(4)}")
-                replaced = [*checkpoint.glob(f"{KEY}-*")]
+                replaced = [path for path in checkpoint.glob(f"{KEY}-*") if path.is_dir()]
+                mark = begin(checkpoint) if trainer.is_global_zero else None
                 self._save_parts(checkpoint / self._parts, module, self._all_averagers(trainer))
                 with applied(module, self._online or {}):
                     save(filepath, weights_only, *args, **kwargs)
                 if trainer.is_global_zero:
                     for old in replaced:
                         shutil.rmtree(old, ignore_errors=True)
+                    checksums = seal(checkpoint, mark, checksums)
                 return
             if weights_only:
                 wanted = self._chosen_by(_saving_monitor(), trainer)

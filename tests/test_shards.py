@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from shard_runs import Net, averagers, same
 from torch import nn
 
-from averaging import EMA, load_into
+from averaging import EMA, latest_complete, load_into
+from averaging.completeness import flaw
 
 ENGINES = ["FSDP2", "FSDP2, bf16 weights", "FSDP2, bf16 policy", "FSDP2, gathered after forward", "tensor parallel"]
 TRAINED = ["tokens.weight", "inner.weight", "outer.weight", "outer.bias", "scale.weight", "scale.bias"]
@@ -203,6 +204,14 @@ def test_lightning_averages_evaluates_and_trains_on(fitted):
 def test_lightning_resumes_exactly(fitted):
     _, ranks = fitted
     assert [rank["resumed"] for rank in ranks] == [[True] * 4] * 2
+
+
+def test_lightning_checkpoints_are_sealed(fitted):
+    folder, *_ = fitted
+    assert {path.name: flaw(path) for path in (folder / "straight").glob("*.ckpt")} == {
+        "step=3.ckpt": None, "step=6.ckpt": None, "step=9.ckpt": None,
+    }  # fmt: skip
+    assert latest_complete(folder / "straight") == folder / "straight" / "step=9.ckpt"
 
 
 def test_lightning_checkpoints_hold_the_averages(fitted):
