@@ -28,6 +28,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,8 @@ def digest(*weights: Any) -> str:
     result = hashlib.sha256()
     for one in weights:
         for name, tensor in sorted(one.items()):
-            result.update(name.encode() + tensor.detach().contiguous().numpy().tobytes())
+            whole = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # the only shard
+            result.update(name.encode() + whole.detach().contiguous().numpy().tobytes())
     return result.hexdigest()
 
 
@@ -100,31 +102,58 @@ def transformers_run(rotation: bool) -> Run:
     return run
 
 
-def lightning_run(rotation: bool) -> Run:
+def lightning_run(rotation: bool, sharded: bool = False) -> Run:
     from lightning.pytorch.callbacks import ModelCheckpoint
-    from test_lightning import fit
+    from lightning.pytorch.strategies import ModelParallelStrategy
+    from test_lightning import Regression, fit
+    from torch.distributed.fsdp import FSDPModule, fully_shard
 
+    import averaging.lightning
     from averaging import EMA, LAWA
     from averaging.lightning import AveragingCallback, _CheckpointIO
 
-    save = _CheckpointIO.save_checkpoint
+    save, seal = _CheckpointIO.save_checkpoint, averaging.lightning.seal
+
+    class Sharded(Regression):
+        """Under FSDP2, by one process: forks cannot meet others."""
+
+        def configure_model(self) -> None:
+            if not isinstance(self.net, FSDPModule):
+                fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
 
     def run(folder: Path, steps: int, resume: Path | None, announce: Announce) -> str:
         def announcing(self: Any, checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
             save(self, checkpoint, *args, **kwargs)
             announce(checkpoint["global_step"])
 
-        _CheckpointIO.save_checkpoint = announcing
+        if sharded:
+
+            def announcing_seal(sealed: Path, *args: Any) -> Any:
+                known = seal(sealed, *args)
+                announce(step_of(sealed))
+                return known
+
+            averaging.lightning.seal = announcing_seal
+        else:
+            _CheckpointIO.save_checkpoint = announcing
         callback = AveragingCallback(LAWA(k=3, every=1), EMA(0.8))
         kept = {"save_top_k": 1, "save_last": True} if rotation else {"save_top_k": -1}
         saving = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=SAVE_EVERY, **kept)
-        _, _, recorder = fit(folder, callback, saving, ckpt_path=resume, epochs=-1, max_steps=steps)
+        options: dict[str, Any] = {"ckpt_path": resume, "epochs": -1, "max_steps": steps}
+        if sharded:
+            options["strategy"] = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=1)
+            options |= {"devices": 1, "module": Sharded()}
+        _, _, recorder = fit(folder, callback, saving, **options)
         return digest(recorder.online[steps], *(averager.average() for averager in callback.averagers))
 
     return run
 
 
-RUNS = {"transformers": transformers_run, "lightning": lightning_run}
+RUNS = {
+    "transformers": transformers_run,
+    "lightning": lightning_run,
+    "lightning-fsdp2": partial(lightning_run, sharded=True),
+}
 
 
 # ---------------------------------------------------------------------- children
@@ -337,11 +366,11 @@ def points(trainer: str, rotation: bool, every: int, offset: int) -> Iterator[di
 
 
 def step_of(checkpoint: Path) -> int:
-    if checkpoint.is_dir():
-        return int(checkpoint.name.rpartition("-")[2])
-    import torch
+    from averaging.completeness import _content
 
-    return int(torch.load(checkpoint, weights_only=True)["global_step"])
+    if checkpoint.suffix == ".ckpt":
+        return int(_content(checkpoint)["global_step"])
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def main() -> None:

@@ -18,10 +18,16 @@ from kill_points import KILLED, SAVE_EVERY, start, summary
 )
 @pytest.mark.parametrize(
     ("trainer", "rotation", "every"),
-    [("transformers", True, 61), ("transformers", False, 97), ("lightning", True, 19), ("lightning", False, 23)],
+    [
+        ("transformers", True, 61),
+        ("transformers", False, 97),
+        ("lightning", True, 31),
+        ("lightning", False, 31),
+        ("lightning-fsdp2", True, 211),
+    ],
 )
 def test_killed_while_saving(trainer, rotation, every, record_property):
-    pytest.importorskip("lightning.pytorch" if trainer == "lightning" else "transformers")
+    pytest.importorskip("transformers" if trainer == "transformers" else "lightning.pytorch")
     counts = start(trainer, "--every", str(every), "--offset", str(every // 2), *["--rotation"] * rotation)
     assert counts["problems"] == []
     assert counts["points"] == (counts["operations"] - every // 2 - 1) // every + 1

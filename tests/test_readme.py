@@ -116,6 +116,16 @@ def with_lightning() -> dict[str, Any]:
     return {"Trainer": partial(Trainer, max_epochs=3, **quiet), "module": Module()}
 
 
+def with_checkpoints() -> dict[str, Any]:
+    from averaging.lightning import LAWA
+
+    names = with_lightning()
+    Path("checkpoints").mkdir()
+    for path in Path().glob("last.ckpt*"):  # with the folder of its snapshots
+        path.rename(Path("checkpoints") / path)
+    return {**names, "trainer": names["Trainer"](callbacks=LAWA(k=5, every="epoch"))}
+
+
 class Loss(nn.Module):
     """A model whose output is its loss."""
 
@@ -170,6 +180,7 @@ NAMES: dict[str, Callable[[], dict[str, Any]]] = {
     "averaging": with_transformers,
     "transformers.Trainer, and TRL's": with_transformers,
     "Lightning": with_lightning,
+    "When a run is interrupted": with_checkpoints,
     "Your own loop": with_a_loop,
     "Your own loop 2": with_accelerate,
     "Sharded models": with_an_average,
