@@ -190,10 +190,11 @@ def _lacks_optimizer(checkpoint: Path) -> str | None:
 def _flaw_of_folder(folder: Path) -> str | None:
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-        version, complete, files = manifest["version"], manifest["complete"], dict(manifest["files"])
+        version, complete = int(manifest["version"]), bool(manifest["complete"])
+        files = {name: (int(size), int(checksum)) for name, (size, checksum) in manifest["files"].items()}
     except FileNotFoundError:
         return _UNSEALED
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         return f"its {MANIFEST} is damaged ({error!r})"
     if version > VERSION:
         return (

@@ -436,9 +436,9 @@ class _Resuming:
             found, skipped = search(Path(folder))
             if found is not None:
                 say_skipped(folder, found, skipped)
-                checkpoint = found
-            else:  # Trainer's own choice: older versions have written no manifests
-                checkpoint = get_last_checkpoint(folder) or True  # type: ignore[no-untyped-call]
+                return self._train(str(found), *args, **kwargs)
+            # Trainer's own choice: older versions have written no manifests.
+            checkpoint = get_last_checkpoint(folder) or True  # type: ignore[no-untyped-call]
         if isinstance(checkpoint, str | os.PathLike) and os.path.isdir(checkpoint):
             require_whole(Path(checkpoint))
             checkpoint = str(checkpoint)

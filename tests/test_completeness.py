@@ -55,6 +55,7 @@ FLAWS = {
     "the averages are missing": (lambda path: shutil.rmtree(path / "lawa"), "averaging.json is missing"),
     "no manifest": (lambda path: (path / MANIFEST).unlink(), "has no averaging-manifest.json"),
     "damaged manifest": (lambda path: cut(path / MANIFEST), None),
+    "nonsense in a manifest": (manifest(files={"model.safetensors": 3}), "manifest.json is damaged"),
     "nonsense for a manifest": (lambda path: (path / MANIFEST).write_text("[]"), "manifest.json is damaged"),
     "unfinished": (begin, "was not written to the end"),
     "of a later version": (manifest(version=99), "later version of averaging .*upgrade"),
