@@ -174,6 +174,13 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--like", metavar="MODEL", help="a checkpoint that the result shall be like, with what the others do not hold"
     )
+    result.add_argument(
+        "--lora",
+        choices=("factors", "product"),
+        help="of LoRA adapters average the factors A and B (default), or their products, which an adapter of "
+        "--lora-rank then stands for: exactly, if that is the sum of the ranks",
+    )
+    result.add_argument("--lora-rank", type=int, metavar="R", help="(default: each module's own)")
     result.add_argument("--dtype", metavar="DTYPE", help="bfloat16, float16, float32 or float64 (default: unchanged)")
     result.add_argument("--allow-nonfinite", action="store_true", help="go on when a checkpoint holds NaN or infinity")
     search = p.add_argument_group(
@@ -338,6 +345,11 @@ def _run(options: argparse.Namespace, team: Team) -> None:
         if options.recipe is not None:
             _take_recipe(options)
         varied = [name for name in COEFFICIENTS if isinstance(getattr(options, name), list)]
+        if options.lora == "product":
+            _alone(team, "--lora product")
+            _lora(options)
+            return
+        _refuse(options, "a soup without --lora product", "lora_rank")
         if options.sweep:
             _alone(team, "--sweep")
             _sweep(options)
@@ -371,6 +383,26 @@ def _run(options: argparse.Namespace, team: Team) -> None:
             what = "average" if soup.method == "uniform" else soup.method
             count = len(soup.ingredients) - (soup.init is not None)
             print(f"{soup.output.path}: {what} of {count}, {size(soup.output.nbytes)}, {seconds:.1f} s")
+
+
+def _lora(options: argparse.Namespace) -> None:
+    from averaging.checkpoints import gather, select
+    from averaging.soups.lora import lora
+
+    began = time.monotonic()
+    others = [name for name in OWN if name != "weights"]
+    _refuse(options, "--lora product", "sweep", "post_hoc", "at", "like", "only", "skip", *others, *EVALUATING)
+    if options.method not in (None, "uniform") or options.layers or options.allow_nonfinite:
+        raise ValueError("--lora product is a mean, of all of the adapters: leave out --method, layers and the like")
+    adapters, output = select(gather(options.paths), options.last, options.every), _output(options)
+    if options.dry_run:
+        print("\n".join([*(str(adapter.path) for adapter in adapters), f"their products to {output}"]))
+        return
+    result = lora(
+        adapters, output, weights=options.weights, rank=options.lora_rank, dtype=options.dtype, force=options.force
+    )
+    if not options.quiet:
+        print(f"{output}: average of {len(adapters)}, {result}, {time.monotonic() - began:.1f} s")
 
 
 def _sweep(options: argparse.Namespace) -> None:

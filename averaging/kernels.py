@@ -216,6 +216,29 @@ def weighted_mean(
     round_into(out, torch.where(share == 0, blocks[first].to(total.dtype), total / share))
 
 
+def refactored(factors: Sequence[tuple[Tensor, Tensor]], rank: int) -> tuple[Tensor, Tensor, float, float]:
+    """Σ BᵢAᵢ as a product B A of rank ``rank``: its truncated singular value decomposition.
+
+    With QR decompositions of [B₁ … Bₙ] and [A₁; …; Aₙ]ᵀ only a matrix of the sum of the ranks is decomposed. B and A
+    share the singular values alike, B = U √S and A = √S Vᵀ; where the sum has a lower rank they end in zeros.
+
+    Args:
+        factors: (Bᵢ, Aᵢ), matrices in float64.
+        rank: columns of B and rows of A.
+
+    Returns:
+        B, A, and the squared Frobenius norms of what is lost and of the whole sum.
+    """
+    left, right = torch.cat([b for b, _ in factors], 1), torch.cat([a for _, a in factors]).T
+    (q_left, r_left), (q_right, r_right) = torch.linalg.qr(left), torch.linalg.qr(right)
+    u, s, vt = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
+    squares, roots = s.square(), s[:rank].sqrt()
+    b, a = left.new_zeros(len(left), rank), left.new_zeros(rank, len(right))
+    b[:, : len(roots)] = (q_left @ u[:, :rank]) * roots
+    a[: len(roots)] = roots[:, None] * (vt[:rank] @ q_right.T)
+    return b, a, float(squares[rank:].sum()), float(squares.sum())
+
+
 def squares_of(parameter: Tensor) -> Tensor:
     """Zeros for the sum of squares of its gradients: real, float32 or better, of its shape and on its device."""
     return torch.zeros_like(parameter, dtype=accumulator_dtype(parameter.dtype).to_real(), requires_grad=False)

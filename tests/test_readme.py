@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed import checkpoint as distributed_checkpoint
 
 import averaging
 from averaging.cli import main as soup
@@ -227,6 +228,8 @@ def checkpoints(tmp_path, monkeypatch):
             fresh.lm_head.weight.mul_(sum(folder.encode()))  # not all alike
         fresh.save_pretrained(folder)
         tokenizer().save_pretrained(folder)
+    for step in (800, 900, 1000):
+        distributed_checkpoint.save({"model": fresh.state_dict()}, checkpoint_id=f"run/step-{step}", no_dist=True)
     Path("examples.txt").write_text("soup of the day")
     model, trajectory = llama(), averaging.Trajectory("runs/trajectory", every=100)
     ema = averaging.PostHocEMA("runs/ema", snapshots=100)
@@ -252,6 +255,11 @@ def checkpoints(tmp_path, monkeypatch):
 def test_soup(words, checkpoints, capsys):
     if "search" in words:
         pytest.importorskip("cma")
+    if "--lora" in words:
+        peft = pytest.importorskip("peft")
+        for folder in ("lora-a", "lora-b"):
+            config = peft.LoraConfig(init_lora_weights="gaussian", target_modules=["q_proj", "v_proj"])
+            peft.get_peft_model(llama(), config).save_pretrained(folder)
     assert soup(words[1:]) == 0, capsys.readouterr().err
 
 

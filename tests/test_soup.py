@@ -437,7 +437,7 @@ def test_the_options_are_frozen():
     assert options == {
         "-h", "--help", "--version", "-o", "--output", "--last", "--every", "--weights", "--like", "--dtype",
         "--post-hoc", "--at", "--sweep", "--evaluate", "--metric", "--method", "--init", "--alpha", "--scale", "--eta",
-        "--lambda", "--slerp-weights",
+        "--lambda", "--slerp-weights", "--lora", "--lora-rank",
         "--decay", "--only", "--skip", "--top", "--evaluate-command", "--minimize", "--maximize", "--plot",
         "--loss", "--per", "--normalize", "--lr", "--epochs", "--evaluations", "--seed",
         "--recipe", "--fisher", "--floor", "--target", "--temperature",

@@ -53,6 +53,7 @@ def check_alike(ingredients: Sequence[Checkpoint], chosen: bool = False) -> None
                     f"{first.path} and {other.path} are different models: {key} is {one!r} in one and {two!r} in the "
                     "other; average checkpoints of one architecture and base model, or of models that differ in their "
                     "heads the tensors that --only or --skip (only=, skip=) choose"
+                    + ("; or the products of LoRA adapters, --lora product" if first.kind == "peft" else "")
                 )
         if first.entries.keys() != other.entries.keys():
             here, there = first.entries.keys() - other.entries.keys(), other.entries.keys() - first.entries.keys()
@@ -265,9 +266,9 @@ class Output:
             index = (
                 {"weight_map": places} | known | {"metadata": known.get("metadata", {}) | {"total_size": self.nbytes}}
             )
-            _write_json(folder / INDEX_FILE, index)
+            write_json(folder / INDEX_FILE, index)
         if self.converted and self.model.kind == "huggingface" and self.model.config is not None:
-            _write_json(folder / "config.json", _with_dtype(self.model.config, self.converted))
+            write_json(folder / "config.json", _with_dtype(self.model.config, self.converted))
 
 
 class Writing:
@@ -308,7 +309,7 @@ class Writing:
         """Write the headers, whose metadata hold the record, and the record's own file."""
         for file, descriptor in zip(self._files, self._descriptors, strict=True):
             _write(descriptor, memoryview(self._header(file, record)[0]), 0)
-        _write_json(self._record_path, record)
+        write_json(self._record_path, record)
 
     def close(self) -> None:
         """Close the files."""
@@ -342,7 +343,8 @@ def _write(descriptor: int, data: memoryview, offset: int) -> None:
         done += os.pwrite(descriptor, data[done:], offset + done)
 
 
-def _write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as people read it."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

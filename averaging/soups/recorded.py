@@ -10,6 +10,7 @@ from typing import Any
 from averaging.checkpoints import Checkpoint
 from averaging.checkpoints.files import read_json
 from averaging.soups.fisher import Fisher
+from averaging.soups.lora import METHOD as LORA
 from averaging.soups.soup import Soup
 
 # What a record holds besides the facts of its method.
@@ -45,6 +46,8 @@ def recorded(
             "force": force,
             **{option: record[option] for option in _OPTIONS if option in record},
         }
+        if record["method"] == LORA:
+            raise ValueError(f"{path} is the record of LoRA's products: average them again with --lora product")
         soup: Soup
         if record["method"] == "fisher":
             fishers = [one["path"] for one in record["fisher"]]

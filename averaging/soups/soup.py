@@ -175,7 +175,7 @@ class Soup:
             **({"divisor": self.divisor} if measured is None else {"coefficients": measured}),
             "like": None if self.model is self.ingredients[-1] else os.path.abspath(self.model.path),
             "dtype": self.dtype or "as the ingredients",
-            "versions": {package: _version(package) for package in ("averaging", "torch", "safetensors")},
+            "versions": versions(),
         }
 
     def cook(self, progress: Progress | None = None) -> Mapping[str, Tensor]:
@@ -426,6 +426,11 @@ def compiled(what: str, pattern: str) -> re.Pattern[str]:
 def _half(progress: Progress, half: int) -> Progress:
     """The progress of the first or the second of two passes."""
     return lambda done, total: progress(half * total + done, 2 * total)
+
+
+def versions() -> dict[str, str]:
+    """The versions of what makes a soup."""
+    return {package: _version(package) for package in ("averaging", "torch", "safetensors")}
 
 
 def _version(package: str) -> str:

@@ -76,7 +76,7 @@ def uniform(
     Warns:
         UserWarning: two checkpoints have the same content.
 
-    Averaging LoRA adapters averages their A and B factors, not the products.
+    Averaging LoRA adapters averages their A and B factors, not the products: see `averaging.soups.lora`.
     """
     return Uniform(
         paths,
@@ -111,7 +111,7 @@ class Uniform(Soup):
         if method == "uniform" and len(models) < 2:
             found = f"only {models[0].path}" if models else "none"
             raise ValueError(f"a soup needs at least two checkpoints, found {found}")
-        own = None if weights is None else _checked(weights, models)
+        own = None if weights is None else checked_weights(weights, models)
         super().__init__(
             models,
             output,
@@ -124,7 +124,8 @@ class Uniform(Soup):
         )
 
 
-def _checked(weights: Sequence[float] | Decay, ingredients: Sequence[Checkpoint]) -> list[float] | None:
+def checked_weights(weights: Sequence[float] | Decay, ingredients: Sequence[Checkpoint]) -> list[float] | None:
+    """One number per ingredient, of a positive sum; ``None`` stands for ones."""
     if isinstance(weights, str):
         if weights == "linear":
             return None
