@@ -128,3 +128,57 @@ def test_pickles_in_folders_do_not_execute(tmp_path):
         torch.save({"w": torch.ones(1), "x": Code()}, folder / "pytorch_model.bin")
     with pytest.raises(ValueError, match=r"pytorch_model\.bin needs the code of \S*Code"):
         Checkpoint(tmp_path / "a")
+
+
+# --- DeepSpeed --------------------------------------------------------------------------------------------------------
+
+
+def deepspeed(path, step, files=("mp_rank_00_model_states.pt",), script=False, **content):
+    """What DeepSpeed writes, as transformers and Lightning have it."""
+    (path / f"global_step{step}").mkdir(parents=True)
+    (path / "latest").write_text(f"global_step{step}")
+    weights = {"w": torch.full((3,), float(step)).bfloat16()}
+    for file in files:
+        content = {"module": weights, "global_steps": step, "optimizer": None, "ds_config": {"a": 1}} | content
+        torch.save(content, path / f"global_step{step}" / file)
+    torch.save({"x": Code()}, path / f"global_step{step}" / "zero_pp_rank_0_mp_rank_00_optim_states.pt")
+    if script:
+        (path / "zero_to_fp32.py").write_text("")
+    return path
+
+
+def test_deepspeed_with_the_whole_model(tmp_path):
+    for step in (10, 20):
+        deepspeed(tmp_path / "run" / f"checkpoint-{step}", step)
+        deepspeed(tmp_path / "raw", step)
+    for folder in ("run", "raw"):
+        assert [c.step for c in find(tmp_path / folder)] == [10, 20]
+        soup(tmp_path / folder, "-o", tmp_path / f"{folder}.safetensors")
+        same(load_file(tmp_path / f"{folder}.safetensors"), {"w": torch.full((3,), 15.0).bfloat16()})
+    # beside a model, DeepSpeed's files are not looked at
+    model = llama(0)
+    model.save_pretrained(tmp_path / "run" / "checkpoint-10")
+    same(Checkpoint(tmp_path / "run" / "checkpoint-10"), model.state_dict())
+
+
+ZERO3 = [f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" for rank in range(2)]
+
+
+@pytest.mark.parametrize("files", [ZERO3, ["mp_rank_00_model_states.pt", "mp_rank_01_model_states.pt"]])
+def test_deepspeeds_partitions_get_the_command_that_converts_them(tmp_path, capsys, files):
+    a = deepspeed(tmp_path / "a", 1, files, script=True)
+    b = deepspeed(tmp_path / "my run", 2, files)
+    for first, command in [
+        (a, f"python {a}/zero_to_fp32.py {a} {a}-fp32 -t global_step1"),
+        (b, f"python -m deepspeed.utils.zero_to_fp32 '{b}' '{b}-fp32' -t global_step2"),
+        (b / "global_step2", f"zero_to_fp32 '{b}' '{b}/global_step2-fp32' -t global_step2"),
+    ]:
+        assert cli.main([str(first), str(a if first != a else b), "-o", str(tmp_path / "out")]) == 2
+        assert command in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "my run"}
+
+
+def test_deepspeeds_files_do_not_execute(tmp_path, capsys):
+    a, b = deepspeed(tmp_path / "a", 1), deepspeed(tmp_path / "b", 1, client=Code())
+    assert cli.main([str(a), str(b), "-o", str(tmp_path / "out")]) == 2
+    assert "mp_rank_00_model_states.pt needs the code of" in capsys.readouterr().err

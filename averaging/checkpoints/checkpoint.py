@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -29,6 +30,10 @@ TORCH_ADAPTER = "adapter_model.bin"
 # Where a torch distributed checkpoint lies in a folder: directly, or as accelerate and transformers put it there.
 DISTRIBUTED = (METADATA_FILE, f"pytorch_model_fsdp_0/{METADATA_FILE}")
 LIGHTNING_FILE = "meta.pt"  # beside Lightning's
+# DeepSpeed's folders: what is in the folder that the file ``latest`` names, or that is given itself.
+DEEPSPEED_LATEST = "latest"
+DEEPSPEED_FILE = "mp_rank_00_model_states.pt"
+DEEPSPEED_FILES = "*_model_states.pt"
 TORCH_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 
 TITLES: dict[Kind, str] = {
@@ -50,8 +55,10 @@ class Checkpoint(Mapping[str, "Tensor"]):
     Args:
         path: a Hugging Face model folder (``model.safetensors`` or ``pytorch_model.bin``, or an index and its shards),
             a PEFT adapter folder, a ``.safetensors`` file, a Lightning ``.ckpt`` or a torch ``.pt``, ``.pth`` or
-            ``.bin`` file that holds named tensors, directly or under ``state_dict``, ``model_state_dict`` or ``model``;
-            or a torch distributed checkpoint, a folder with ``.metadata``, of a model and perhaps its optimizer.
+            ``.bin`` file that holds named tensors, directly or under ``state_dict``, ``model_state_dict``, ``model`` or
+            ``module``;
+            or a torch distributed checkpoint, a folder with ``.metadata``, of a model and perhaps its optimizer; or
+            DeepSpeed's folder of ZeRO-1 or ZeRO-2, of which it is the 16-bit weights.
             Torch files are read with ``weights_only=True``: no code in them is run.
 
     Attributes:
@@ -159,6 +166,8 @@ class Checkpoint(Mapping[str, "Tensor"]):
                 self.step = read_step(folder / LIGHTNING_FILE)
             elif self.path.name.startswith("pytorch_model_fsdp_"):
                 self.step = step_in_name(self.path.absolute().parent)
+        elif tag := deepspeed_folder(self.path):
+            self._open_deepspeed(tag)
         else:
             raise FileNotFoundError(
                 f"{self.path} is no model folder: it holds neither {MODEL_FILE} nor {INDEX_FILE} nor {TORCH_FILE} nor "
@@ -167,6 +176,19 @@ class Checkpoint(Mapping[str, "Tensor"]):
         if (self.path / "trainer_state.json").exists():
             step = read_json(self.path / "trainer_state.json").get("global_step")
             self.step = step if type(step) is int else None
+
+    def _open_deepspeed(self, folder: Path) -> None:
+        if [path.name for path in folder.glob(DEEPSPEED_FILES)] != [DEEPSPEED_FILE]:
+            script = folder.parent / "zero_to_fp32.py"
+            given, out = folder.parent, self.path.with_name(f"{self.path.name}-fp32")
+            command = [str(script)] if script.exists() else ["-m", "deepspeed.utils.zero_to_fp32"]
+            raise ValueError(
+                f"{self.path} holds the weights in DeepSpeed's partitions; put them together first, and average what "
+                f"comes out: {shlex.join(['python', *command, str(given), str(out), '-t', folder.name])}"
+            )
+        # Of ZeRO-1 and ZeRO-2: the weights as they are computed with.
+        self.kind = "torch"
+        self.step = self._add_pickled(folder / DEEPSPEED_FILE).step
 
     def _open_index(self, path: Path) -> None:
         self.index = read_json(path)
@@ -222,7 +244,16 @@ class Checkpoint(Mapping[str, "Tensor"]):
 def weight_files(folder: Path) -> set[str]:
     """Which of the files that make a folder a checkpoint are there."""
     names = (MODEL_FILE, INDEX_FILE, TORCH_FILE, TORCH_INDEX, ADAPTER_FILE, TORCH_ADAPTER, *DISTRIBUTED)
-    return {name for name in names if (folder / name).exists()}
+    found = {name for name in names if (folder / name).exists()}
+    return found or ({DEEPSPEED_FILES} if deepspeed_folder(folder) else set())
+
+
+def deepspeed_folder(folder: Path) -> Path | None:
+    """Where DeepSpeed's files lie, if they make a folder a single checkpoint."""
+    if any(folder.glob(DEEPSPEED_FILES)):
+        return folder
+    tags = {path.parent for path in folder.glob(f"*/{DEEPSPEED_FILES}")}
+    return tags.pop() if len(tags) == 1 and (folder / DEEPSPEED_LATEST).exists() else None
 
 
 def _as_safetensors(file: str) -> str:

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # What a plain torch file may keep its weights under, besides being the weights itself.
-WEIGHTS_KEYS = ("state_dict", "model_state_dict", "model")
-STEP_KEYS = ("global_step", "step")
+WEIGHTS_KEYS = ("state_dict", "model_state_dict", "model", "module")
+STEP_KEYS = ("global_step", "step", "global_steps")
 
 
 @dataclass(frozen=True, slots=True)
