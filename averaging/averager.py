@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol, Self
+from typing import Any, Literal, Protocol, Self
 
 import torch
 from torch import nn
@@ -69,9 +69,6 @@ class Averager(ABC):
     Raises:
         ValueError, TypeError: an argument that is out of range or of the wrong kind.
     """
-
-    shardable: ClassVar[bool] = True
-    """Whether it can average weights of which each process holds a part."""
 
     write_backs: Length | None = None
     """How often training is to go on from the weights that `write_back` gives, from ``start`` on; None for never."""
@@ -210,7 +207,8 @@ class Averager(ABC):
     def keep_template(self, save: Callable[[Path], None]) -> None:
         """Hear how the model is saved with its configuration; for averagers whose files outlive the run.
 
-        A trainer's callback calls it when training starts, in the process that writes checkpoints.
+        A trainer's callback calls it when training starts, in the process that writes checkpoints; in all of them,
+        bound to the model, where it is sharded.
 
         Args:
             save: writes the model as a folder that opens by itself, into the existing folder given.
@@ -328,26 +326,12 @@ class Averager(ABC):
             weights, tensors = {name: local(tensor) for name, tensor in model.items()}, model
         self._shards = {name: tensor for name, tensor in tensors.items() if is_shard(tensor)}
         self._sharded = bool(self._shards)
-        if self._sharded:
-            self.require_shardable()
         layout = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in weights.items()}
         if self._layout is None:
             self._layout = layout
         elif layout != self._layout:
             self._explain(layout)
         return weights
-
-    def require_shardable(self) -> None:
-        """Raise if it cannot average weights of which each process holds a part.
-
-        Raises:
-            ValueError: it cannot.
-        """
-        if not self.shardable:
-            raise ValueError(
-                f"the weights are sharded by FSDP2 or tensor parallelism, and {type(self).__name__} stores whole ones: "
-                "train with DDP, or keep another average"
-            )
 
     def _explain(self, layout: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
         assert self._layout is not None

@@ -256,16 +256,37 @@ def save_whole(model: nn.Module, file: str | os.PathLike[str], weights: Average 
             raise ValueError(
                 f"the model has no {name!r} of shape {tuple(part.shape)}: these are the weights of another"
             )
-    order = sorted(tensors, key=lambda name: -tensors[name].itemsize)  # so that every tensor is aligned
-    shapes = {name: (str(tensors[name].dtype).removeprefix("torch."), tuple(tensors[name].shape)) for name in order}
-    gathered = (_gathered(tensors[name], weights.get(name)) for name in order)
+    parts = {name: rounded(weights.get(name, local(own)), own.dtype) for name, own in tensors.items()}
+    write_whole(parts, {name: own for name, own in tensors.items() if is_shard(own)}, file)
+
+
+def write_whole(
+    parts: Weights, shards: Weights, file: str | os.PathLike[str], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file of the whole weights of which each process holds ``parts``; all processes call this.
+
+    Args:
+        parts: what this process holds.
+        shards: name → DTensor, laid out as the weight of that name is; of the others each process holds the whole.
+        file: which appears as a whole or not at all.
+        metadata: of the file; by default its format.
+
+    Raises:
+        RuntimeError, OSError: as `save_whole`.
+    """
+    order = sorted(parts, key=lambda name: -parts[name].itemsize)  # so that every tensor is aligned
+    shapes = {
+        name: (str(parts[name].dtype).removeprefix("torch."), tuple(shards.get(name, parts[name]).shape))
+        for name in order
+    }
+    gathered = (_gathered(parts[name], shards.get(name)) for name in order)
     problem: OSError | None = None
     if process()[0] == 0:
         try:
             if os.path.isdir(file):
                 raise IsADirectoryError(errno.EISDIR, "a folder is in the place of the file", os.fspath(file))
             with replacing(file) as path, path.open("wb") as out:
-                out.write(layout(shapes, {"format": "pt"})[0])
+                out.write(layout(shapes, metadata or {"format": "pt"})[0])
                 for tensor in gathered:
                     out.write(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         except OSError as error:
@@ -277,7 +298,7 @@ def save_whole(model: nn.Module, file: str | os.PathLike[str], weights: Average 
 
 
 @torch.no_grad()
-def _gathered(own: Tensor, part: Tensor | None) -> Tensor:
-    """The whole of a tensor of the model, or of ``part`` of what is to be in its place."""
-    part = local(own) if part is None else rounded(part.to(local(own).device), own.dtype)
-    return shard_like(part.detach(), own).full_tensor() if is_shard(own) else part.detach()
+def _gathered(part: Tensor, like: Tensor | None) -> Tensor:
+    """The whole of what ``part`` is of, laid out as ``like``."""
+    part = part.detach()
+    return part if like is None else shard_like(part.to(local(like).device), like).full_tensor()

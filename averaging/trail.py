@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class Trail:
-    """The snapshots of one run in ``folder``; in a distributed run, only rank 0 writes.
+    """The snapshots of one run in ``folder``; in a distributed run, only rank 0 writes them, whole.
 
     Args:
         folder: where they lie.
@@ -40,18 +40,38 @@ class Trail:
         self.folder = folder
         self._name = re.compile(rf"step-(\d+){labels}\.safetensors")
 
-    def store(self, step: int, weights: Weights, label: str = "", metadata: Mapping[str, str] | None = None) -> None:
+    def store(
+        self,
+        step: int,
+        weights: Weights,
+        label: str = "",
+        metadata: Mapping[str, str] | None = None,
+        shards: Weights | None = None,
+    ) -> None:
         """Write a snapshot; ``label`` tells several of one step apart.
+
+        Args:
+            step: optimizer steps done.
+            weights: what is stored.
+            label: what follows the step in the name.
+            metadata: of the file.
+            shards: name → DTensor; what ``weights`` holds under that name is this process's part of one like it.
 
         Raises:
             OSError: no room, no permission. What was stored before is intact.
         """
-        if not _writes():
+        if not (shards or _writes()):
             return
+        metadata = {"format": "pt", "step": str(step), **(metadata or {})}
         file = self.folder / f"step-{step:09d}{label}.safetensors"
         try:
-            with replacing(file) as temporary:
-                save_weights(weights, temporary, {"format": "pt", "step": str(step), **(metadata or {})})
+            if shards:
+                from averaging.shard_files import write_whole
+
+                write_whole(weights, shards, file, metadata)
+            else:
+                with replacing(file) as temporary:
+                    save_weights(weights, temporary, metadata)
         except (OSError, SafetensorError) as error:
             size = sum(tensor.nbytes for tensor in weights.values())
             raise OSError(
@@ -70,9 +90,19 @@ class Trail:
             for file in others:
                 file.rename(aside / file.name)
 
-    def keep_template(self, save: Callable[[Path], None]) -> None:
-        """Let ``save`` write the model to ``template/``: what a soup of the snapshots will look like."""
-        if _writes():
+    def keep_template(self, save: Callable[[Path], None], *, together: bool = False) -> None:
+        """Let ``save`` write the model to ``template/``: what a soup of the snapshots will look like.
+
+        Args:
+            save: writes it into the folder given.
+            together: all processes take part in that, as the model is sharded.
+        """
+        if together:
+            from averaging.shard_files import replacing_together
+
+            with replacing_together(self.folder / TEMPLATE) as staging:
+                save(staging)
+        elif _writes():
             with replacing(self.folder / TEMPLATE) as staging:
                 staging.mkdir()
                 save(staging)

@@ -108,9 +108,6 @@ class AveragingCallback(CallbackCore, TrainerCallback):
         averagers = [averager for callback in callbacks for averager in callback.averagers]
         names = [*by_name(averagers)]
         _refuse_engines(trainer)
-        if is_sharded(trainer.model):
-            for averager in averagers:
-                averager.require_shardable()
         steps_per_epoch = _steps_per_epoch(args, kwargs.get("train_dataloader"))
         for averager in self.averagers:
             averager.reset(state.global_step, state.epoch or 0.0)
@@ -118,8 +115,11 @@ class AveragingCallback(CallbackCore, TrainerCallback):
         if self is callbacks[0] and checkpoint:
             _restore_online(trainer, checkpoint, names)
         if self is (leader := leading(callbacks)):
-            if args.should_save:
+            sharded = is_sharded(trainer.model)
+            if args.should_save or sharded:
                 for averager in averagers:
+                    if sharded:
+                        averager.bind(trainer.model)
                     averager.keep_template(lambda folder: trainer.save_model(str(folder), _internal_call=True))
             forward = functools.partial(_training_forward, trainer)
             self.use_recalibration(trainer.model, averagers, _training_data(trainer), forward)

@@ -24,6 +24,7 @@ from averaging import (
     SWA,
     ElasticReset,
     EMAAnchor,
+    PostHocEMA,
     Reference,
     Trajectory,
     applied,
@@ -134,6 +135,8 @@ def train(
     """Train ``net``; beside ``kept`` run averagers of what is gathered, and hold both together after every step."""
     optimizer = optimizer or torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr=0.05)
     references = copy.deepcopy(list(kept))
+    for trail in (reference.trail for reference in references if isinstance(reference, Trajectory | PostHocEMA)):
+        trail.folder = trail.folder.with_name(f"{trail.folder.name}-expected")
     right: dict[str, bool] = {}
     written_back: list[tuple[int, str]] = []
     offer = [(average, reference) for average, reference in zip(kept, references, strict=True)]
@@ -252,10 +255,6 @@ def core(folder: Path) -> dict[str, Any]:
         EMA(0.8, frozen=True).load_state_dict({**state, "process": [1 - rank, 2]})
     except ValueError as error:
         results["another's"] = str(error)
-    try:
-        Trajectory(folder / "trajectory", every=1).update(policy, 1)
-    except ValueError as error:
-        results["refused"] = str(error)
     results["collectives"] = collectives()
     return results
 
@@ -284,7 +283,8 @@ def files(folder: Path) -> dict[str, Any]:
             saved["state"] = state(net, optimizer)
             save_whole(net, folder / "whole.safetensors", kept[1])
 
-    straight = train(net, kept, look, optimizer=optimizer)
+    trails = [Trajectory(folder / "trail", every=2), PostHocEMA(folder / "tracks", snapshots=2)]
+    straight = train(net, [*kept, *trails], look, optimizer=optimizer)
     results: dict[str, Any] = {"saved": {step: saved[step] for step in ("3", "5")}}
     results["parts"] = [*kept[3].state_dict()["tensors"]["ema"]["inner.weight"].shape]
     results["ends"] = {average.name: whole(net, average.average()) for average in kept}
@@ -476,8 +476,11 @@ def lightning(folder: Path) -> dict[str, Any]:
     results["holds what was measured"] = same(gathered(other), results["at 6"]["lawa"])
 
     reset, reference = ElasticReset(4, 0.8), ElasticReset(4, 0.8)
-    _, recorder, _ = run("reset", AveragingCallback(reset))  # the recorder sees the weights before they are written
+    trail = Trajectory(folder / "trail", every=4)
+    # The recorder sees the weights before others are written in their place, and so does the trail.
+    _, recorder, _ = run("reset", AveragingCallback(trail, reset))
     reference.update(recorder.weights[0], 0)
+    results["at 8"] = recorder.weights[8]
     resets = {step: reference.update(weights, step) for step, weights in recorder.weights.items() if step}
     results["reset"] = [step for step, weights in resets.items() if weights is not None]
     results["reset right"] = same(whole(module, reset.average()), reference.average())
@@ -485,7 +488,6 @@ def lightning(folder: Path) -> dict[str, Any]:
     for name, callback, options in (
         ("whole files", AveragingCallback(EMA(0.8)), {"strategy": {"save_distributed_checkpoint": False}}),
         ("the average", AveragingCallback(EMA(0.8), checkpoint="average"), {}),
-        ("snapshots", AveragingCallback(Trajectory(folder / "trajectory", every=1)), {}),
     ):
         try:
             trainer(callback, enable_checkpointing=False, **options).fit(Module())
@@ -577,7 +579,9 @@ def transformers(folder: Path) -> dict[str, Any]:
 
     reset, reference = ElasticReset(4, 0.8), ElasticReset(4, 0.8)
     reference.update(gathered(LlamaForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)), 0)
-    _, recorder, _ = run("reset", AveragingCallback(reset), save_strategy="no")
+    trail = Trajectory(folder / "trail", every=4)
+    _, recorder, _ = run("reset", AveragingCallback(trail, reset), save_strategy="no")
+    results["at 8"] = recorder.weights[8]
     resets = {step: reference.update(weights, step) for step, weights in recorder.weights.items()}
     results["reset"] = [step for step, weights in resets.items() if weights is not None]
     results["reset right"] = same(whole(model, reset.average()), reference.average())
@@ -585,7 +589,6 @@ def transformers(folder: Path) -> dict[str, Any]:
     for name, callback, options in (
         ("best", AveragingCallback(EMA(0.8)), {"load_best_model_at_end": True, "save_steps": 2}),
         ("resume", AveragingCallback(*kept()), {"resume": str(folder / "straight" / "checkpoint-6")}),
-        ("snapshots", AveragingCallback(Trajectory(folder / "trajectory", every=1)), {}),
     ):
         try:
             run(name, callback, **options)

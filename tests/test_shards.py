@@ -10,6 +10,7 @@ import pytest
 import torch
 from ddp_runs import data
 from ranks import on_ranks
+from safetensors import safe_open
 from safetensors.torch import load_file
 from shard_runs import Net, averagers, same
 from torch import nn
@@ -84,11 +85,6 @@ def test_a_state_goes_back_to_the_process_it_is_of(core):
         assert "inner.bias" in rank["frozen"]
 
 
-def test_whole_snapshots_are_refused(core):
-    for rank in core:
-        assert "Trajectory stores whole ones" in rank["refused"]
-
-
 # ---------------------------------------------------------------------- files
 
 
@@ -130,6 +126,17 @@ def test_the_whole_model_is_one_file(two):
     assert torch.equal(written["inner.bias"], Net().inner.bias)  # frozen: the model's own
     for name, tensor in first["saved"]["3"]["lawa-cpu"].items():
         assert torch.equal(written[name], tensor)
+
+
+@pytest.mark.parametrize(("name", "count"), [("trail", 3), ("tracks", 6)])
+def test_snapshots_that_outlive_the_run_are_whole(name, count, two):
+    folder, _ = two
+    files = sorted((folder / name).glob("step-*.safetensors"))
+    assert len(files) == count
+    for file in files:
+        with safe_open(file, "pt") as stored, safe_open(folder / f"{name}-expected" / file.name, "pt") as expected:
+            assert stored.metadata() == expected.metadata()
+        assert same(load_file(file), load_file(folder / f"{name}-expected" / file.name))
 
 
 def test_snapshots_are_written_once(two):
@@ -235,8 +242,9 @@ def test_lightning_checkpoints_hold_the_averages(fitted):
         load_average(checkpoint, "swa")
 
 
-def test_lightning_resets_elastically(fitted):
-    _, ranks = fitted
+def test_lightning_resets_elastically_and_stores_snapshots(fitted):
+    folder, ranks = fitted
+    assert same(load_file(folder / "trail" / "step-000000008.safetensors"), ranks[0]["at 8"])
     for rank in ranks:
         assert rank["reset"] == [4, 8]
         assert rank["reset right"]
@@ -247,7 +255,6 @@ def test_lightning_refuses_what_cannot_be_kept(fitted):
     for rank in ranks:
         assert "leave out save_distributed_checkpoint=False" in rank["whole files"]
         assert 'checkpoint="average" is not supported under ModelParallelStrategy' in rank["the average"]
-        assert "Trajectory stores whole ones" in rank["snapshots"]
 
 
 # ---------------------------------------------------------------------- transformers
@@ -291,8 +298,14 @@ def test_transformers_checkpoints_hold_the_averages(trained):
     assert (checkpoint / "averaging-manifest.json").is_file()
 
 
-def test_transformers_resets_elastically(trained):
-    _, ranks = trained
+def test_transformers_resets_elastically_and_stores_snapshots(trained):
+    from transformers import LlamaForCausalLM
+
+    folder, ranks = trained
+    stored = load_file(folder / "trail" / "step-000000008.safetensors")
+    assert (
+        stored.keys() == dict(LlamaForCausalLM.from_pretrained(folder / "trail" / "template").named_parameters()).keys()
+    )
     for rank in ranks:
         assert rank["reset"] == [4, 8]
         assert rank["reset right"]
@@ -303,7 +316,6 @@ def test_transformers_refuses_what_cannot_be_kept(trained):
     for rank in ranks:
         assert "load_best_model_at_end does not reach" in rank["best"]
         assert "Trainer saves no state of its optimizer" in rank["resume"]
-        assert "Trajectory stores whole ones" in rank["snapshots"]
 
 
 def test_accelerates_fsdp_and_deepspeed_are_refused_in_transformers(tmp_path):

@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -59,8 +59,6 @@ class PostHocEMA(Averager):
         ValueError: a width out of range, or one given twice.
     """
 
-    shardable: ClassVar[bool] = False
-
     def __init__(
         self,
         folder: str | os.PathLike[str],
@@ -85,7 +83,7 @@ class PostHocEMA(Averager):
         super().__init__(every=every, start=start, name=name, frozen=frozen, buffers=buffers)
 
     def keep_template(self, save: Callable[[Path], None]) -> None:
-        self.trail.keep_template(save)
+        self.trail.keep_template(save, together=bool(self._shards))
 
     def describe(self, weights: Weights) -> str:
         widths = ", ".join(f"{width:g}" for width in self.exponents)
@@ -113,7 +111,7 @@ class PostHocEMA(Averager):
     def _store(self) -> None:
         self.trail.set_aside(after=self._stored_step)
         for width, track in self._tracks.items():
-            self.trail.store(self.absorbed_step, track, f"-width-{width:g}", {WIDTH_KEY: repr(width)})
+            self.trail.store(self.absorbed_step, track, f"-width-{width:g}", {WIDTH_KEY: repr(width)}, self._shards)
         self._stored_step = self.absorbed_step
 
     def absorb(self, weights: Weights, step: int) -> None:

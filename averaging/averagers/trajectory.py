@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -52,8 +52,6 @@ class Trajectory(Averager):
         ValueError: another dtype.
     """
 
-    shardable: ClassVar[bool] = False
-
     def __init__(
         self,
         folder: str | os.PathLike[str],
@@ -79,13 +77,13 @@ class Trajectory(Averager):
         return Length(0.01, "run")
 
     def keep_template(self, save: Callable[[Path], None]) -> None:
-        self.trail.keep_template(save)
+        self.trail.keep_template(save, together=bool(self._shards))
 
     def absorb(self, weights: Weights, step: int) -> None:
         self.trail.set_aside(after=self.absorbed_step)
         if (dtype := self.dtype) is not None:
             weights = {n: t if t.is_complex() else kernels.rounded(t, dtype) for n, t in weights.items()}
-        self.trail.store(step, weights)
+        self.trail.store(step, weights, shards=self._shards)
 
     def average(self, *, rounded: bool = False) -> Weights:
         self._require_average()
