@@ -27,7 +27,10 @@ def same(one, other):
 
 
 def mean(*states):
-    return {name: torch.stack([state[name].double() for state in states]).mean(0).float() for name in states[0]}
+    return {
+        name: torch.stack([state[name].double() for state in states]).mean(0).to(states[0][name].dtype)
+        for name in states[0]
+    }
 
 
 def soup(*arguments):
@@ -182,3 +185,91 @@ def test_deepspeeds_files_do_not_execute(tmp_path, capsys):
     a, b = deepspeed(tmp_path / "a", 1), deepspeed(tmp_path / "b", 1, client=Code())
     assert cli.main([str(a), str(b), "-o", str(tmp_path / "out")]) == 2
     assert "mp_rank_00_model_states.pt needs the code of" in capsys.readouterr().err
+
+
+# --- the Hub's cache --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A function that puts a model into the Hub's cache, and no network."""
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("socket.socket.connect", None)
+    monkeypatch.chdir(tmp_path)
+
+    def download(model, name, commit, revision="main"):
+        folder = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
+        model.save_pretrained(folder / "snapshots" / commit)
+        (folder / "refs").mkdir(exist_ok=True)
+        (folder / "refs" / revision).write_text(commit)
+        (folder / "blobs").mkdir(exist_ok=True)
+        for number, file in enumerate(sorted((folder / "snapshots" / commit).iterdir())):  # as the cache has them
+            file.symlink_to(file.rename(folder / "blobs" / f"{commit}-{number}"))
+
+    return download
+
+
+def test_models_in_the_hubs_cache(tmp_path, hub):
+    models = [llama(i) for i in range(3)]
+    hub(models[0], "kitchen/one", "a" * 40)
+    hub(models[1], "kitchen/one", "b" * 40, revision="v2")
+    hub(models[2], "kitchen/two.five", "c" * 40)
+    soup("kitchen/one", "kitchen/one@v2", "kitchen/two.five", "-o", "out")
+    opened = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out")
+    same(opened.state_dict(), mean(*(model.state_dict() for model in models)))
+    soup("kitchen/one@v2", "--method", "wise-ft", "--init", f"kitchen/one@{'a' * 40}", "-o", "robust")
+    opened = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "robust")
+    same(opened.state_dict(), mean(*(model.state_dict() for model in models[:2])))
+    record = json.loads((tmp_path / "out" / "soup.json").read_text())
+    assert record["ingredients"][0]["path"].endswith("a" * 40)  # a name may come to stand for another model
+    models[2].save_pretrained(tmp_path / "kitchen" / "one")
+    same(Checkpoint("kitchen/one"), models[2].state_dict())  # what is here comes first
+
+
+def test_models_that_are_not_in_the_hubs_cache(hub, capsys):
+    hub(llama(0), "kitchen/one", "a" * 40)
+    for name, command in [
+        ("kitchen/two", "hf download kitchen/two"),
+        ("kitchen/one@v3", "hf download kitchen/one --revision v3"),
+        ("runs/mistyped", "no such file or directory: runs/mistyped"),
+        ("..-/--x", "no such file or directory: ..-/--x"),
+        ("runs/x.ckpt", "no such file or directory: runs/x.ckpt"),
+    ]:
+        assert cli.main(["kitchen/one", name, "-o", "out"]) == 2
+        assert command in capsys.readouterr().err
+
+
+# --- heads ------------------------------------------------------------------------------------------------------------
+
+
+def head(kind, seed, **settings):
+    torch.manual_seed(seed)
+    if kind == "vision":
+        tiny = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        config = transformers.ViTConfig(**tiny, image_size=8, patch_size=4, num_labels=3)
+        return transformers.ViTForImageClassification(config)
+    if kind == "resnet":  # with BatchNorm's buffers, integers among them
+        config = transformers.ResNetConfig(
+            embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic", num_labels=3
+        )
+        return transformers.ResNetForImageClassification(config)
+    config = transformers.LlamaConfig(**TINY, num_key_value_heads=2, num_labels=3, pad_token_id=0)
+    return transformers.LlamaForSequenceClassification(config)
+
+
+@pytest.mark.parametrize("kind", ["vision", "resnet", "sequence"])
+def test_classifiers(tmp_path, kind):
+    models = [head(kind, seed) for seed in range(2)]
+    for i, model in enumerate(models):
+        model.save_pretrained(tmp_path / "run" / f"checkpoint-{i + 1}")
+        for name in ("optimizer.pt", "optimizer.bin", "scheduler.pt", "rng_state.pth", "training_args.bin"):
+            torch.save({"x": Code()}, tmp_path / "run" / f"checkpoint-{i + 1}" / name)
+    soup(tmp_path / "run", "-o", tmp_path / "out")
+    opened = type(models[0]).from_pretrained(tmp_path / "out")
+    assert opened.config.num_labels == 3
+    same(opened.state_dict(), mean(*(model.state_dict() for model in models)))
+    data = {"pixel_values": torch.ones(1, 3, 32 if kind == "resnet" else 8, 32 if kind == "resnet" else 8)}
+    data = data if kind != "sequence" else {"input_ids": torch.tensor([[1, 2, 3]])}
+    with torch.no_grad():
+        assert opened.eval()(**data).logits.shape == (1, 3)

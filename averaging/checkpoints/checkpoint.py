@@ -58,11 +58,12 @@ class Checkpoint(Mapping[str, "Tensor"]):
             ``.bin`` file that holds named tensors, directly or under ``state_dict``, ``model_state_dict``, ``model`` or
             ``module``;
             or a torch distributed checkpoint, a folder with ``.metadata``, of a model and perhaps its optimizer; or
-            DeepSpeed's folder of ZeRO-1 or ZeRO-2, of which it is the 16-bit weights.
+            DeepSpeed's folder of ZeRO-1 or ZeRO-2, of which it is the 16-bit weights. Where nothing lies,
+            ``organisation/model`` or ``organisation/model@revision`` is looked up in the Hub's local cache.
             Torch files are read with ``weights_only=True``: no code in them is run.
 
     Attributes:
-        path: as given.
+        path: as given, or where the Hub's cache has it.
         kind: ``"huggingface"``, ``"peft"``, ``"safetensors"``, ``"lightning"``, ``"torch"`` or ``"distributed"``.
         entries: name → `Entry` (dtype, shape, file, byte range), in the order of the files.
         shards: file name → the names in it; a single item unless the model is sharded; empty for torch files. Of
@@ -80,7 +81,7 @@ class Checkpoint(Mapping[str, "Tensor"]):
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+        self.path = _in_the_hubs_cache(Path(path))
         self.entries: dict[str, Entry] = {}
         self.shards: dict[str, list[str]] = {}
         self.metadata: dict[str, dict[str, str]] = {}
@@ -239,6 +240,26 @@ class Checkpoint(Mapping[str, "Tensor"]):
             if kept != name and entry.stop > entry.start:
                 self.ties[name] = kept
         return pickled
+
+
+def _in_the_hubs_cache(path: Path) -> Path:
+    """Where the Hub's model of that name was downloaded to; ``path`` itself if that is the name of no model."""
+    found = re.fullmatch(r"(?P<model>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?", str(path))
+    if found is None or os.path.lexists(path) or path.suffix in (".safetensors", *TORCH_SUFFIXES):
+        return path
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        return path
+    model, revision = found["model"], found["revision"]
+    try:
+        return Path(snapshot_download(model, revision=revision, local_files_only=True))
+    except (OSError, ValueError) as error:
+        command = ["hf", "download", model, *(["--revision", revision] if revision else [])]
+        raise FileNotFoundError(
+            f"no such file or directory: {path}; if it is a model of the Hugging Face Hub, it has not been downloaded "
+            f"yet: {shlex.join(command)}"
+        ) from error
 
 
 def weight_files(folder: Path) -> set[str]:
