@@ -75,6 +75,7 @@ METHODS: dict[str, tuple[str, ...]] = {
 }
 COEFFICIENTS = ("alpha", "scale", "eta", "lambda")
 MOST = 1000  # values in a range
+LONGEST = 2000  # letters of a message
 ARGUMENTS = {"lambda": "share", "slerp_weights": "weights"}  # what some options are called in Python
 SEARCHES = ("greedy", "ranked", "learned", "search", "lm-cocktail")
 EVALUATING = ("evaluate", "evaluate_command", "metric", "best", "plot")
@@ -302,7 +303,9 @@ def main(arguments: Sequence[str] | None = None, *, distributed: bool = False) -
         if options.debug:
             raise
         if team.rank == 0:  # which is told what went wrong in any other
-            _say(f"error: {_explain(error)}")
+            told = _explain(error)
+            named = None if inspecting or isinstance(error, MemoryError) else options.recipe
+            _say(f"error: {told if named is None or named in told else f'{named}: {told}'}")
         return 2
     return 0
 
@@ -824,7 +827,9 @@ def _explain(error: BaseException) -> str:
 
 
 def _say(message: str) -> None:
-    print(f"soup: {message}", file=sys.stderr)
+    # Names of files may hold line breaks and what a terminal takes for commands; and a name may have any length.
+    shown = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in message[:LONGEST])
+    print(f"soup: {shown}{'...' if len(message) > LONGEST else ''}", file=sys.stderr)
 
 
 @contextlib.contextmanager

@@ -28,7 +28,9 @@ from averaging.soups.measures import MEASURES
 
 LARGEST = 1 << 20
 DEEPEST = 10
-"""The bytes that a recipe may have, and the levels; YAML takes time and stack for more."""
+MOST, LONGEST = 20_000, 1000
+"""The bytes that a recipe may have, the levels, the values, and the letters of a value outside of quotes; YAML takes
+time and stack for more."""
 
 # Options that hold paths, by their place in the parsed result; and those that are the command line's alone.
 _PATHS = ("paths", "init", "like", "output", "plot", "fisher", "target")
@@ -160,10 +162,13 @@ def _load(path: Path) -> dict[str, Value]:
         raise ValueError(f"{path} has more than {LARGEST} bytes: that is no recipe")
     try:
         depth = 0
-        for event in yaml.parse(text, yaml.SafeLoader):
+        for count, event in enumerate(yaml.parse(text, yaml.SafeLoader)):
             place = f"{path}, line {event.start_mark.line + 1}"
             if getattr(event, "anchor", None) is not None:
                 raise ValueError(f"{place}: anchors and aliases are not allowed")
+            plain = isinstance(event, yaml.ScalarEvent) and event.style is None
+            if count > MOST or (plain and len(event.value) > LONGEST):
+                raise ValueError(f"{place}: this is too long for a recipe")
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > DEEPEST:
                 raise ValueError(f"{place}: this is nested too deeply for a recipe")
@@ -181,7 +186,7 @@ def _value(loader: Any, node: Any, place: str) -> Value:
     if node is None or node.id != "mapping":
         try:
             return Value(None if node is None else loader.construct_object(node, deep=True), place)
-        except ValueError as error:  # a date or a number that is none
+        except (ValueError, OverflowError) as error:  # a date or a number that is none
             raise ValueError(f"{place}: {error}") from error
     values: dict[str, Value] = {}
     file = place.partition(", line ")[0]

@@ -176,7 +176,7 @@ class Checkpoint(Mapping[str, "Tensor"]):
             )
         if (self.path / "trainer_state.json").exists():
             step = read_json(self.path / "trainer_state.json").get("global_step")
-            self.step = step if type(step) is int else None
+            self.step = step if type(step) is int and 0 <= step < 1 << 63 else None  # a float holds it, too
 
     def _open_deepspeed(self, folder: Path) -> None:
         if [path.name for path in folder.glob(DEEPSPEED_FILES)] != [DEEPSPEED_FILE]:
@@ -196,6 +196,8 @@ class Checkpoint(Mapping[str, "Tensor"]):
         places = self.index.get("weight_map")
         if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
             raise ValueError(f"{path} must map tensor names to file names under 'weight_map'")
+        if not isinstance(self.index.get("metadata", {}), dict):
+            raise ValueError(f"{path}: its 'metadata' must be an object")
         for file in dict.fromkeys(places.values()):
             # By the name alone: symbolic links are legitimate (the Hub's cache is made of them).
             if file in ("", ".", "..") or "/" in file or "\\" in file or "\0" in file:

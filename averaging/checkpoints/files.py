@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import stat
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -45,8 +47,11 @@ BITS = {name: bits for _, name, bits in _DTYPES}
 
 _WORDS: tuple[tuple[int, Literal["Q", "I", "H", "B"]], ...] = ((8, "Q"), (4, "I"), (2, "H"), (1, "B"))
 
-MAX_HEADER = 100_000_000  # safetensors' own limit
 GATHERED = 256 * 1024  # bytes that are read together to be put into different places
+
+MAX_DIMENSIONS = 64
+MAX_HEADER = 100_000_000  # safetensors' own limit
+MAX_VALUES, MAX_LEVELS = 5_000_000, 100  # in JSON; a short text of "[[[[" or "[],[],[]," takes much memory or stack
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,12 +197,29 @@ def read_json(path: Path) -> dict[str, Any]:
         OSError: it cannot be read.
     """
     with open(open_regular(path), "rb") as file:
-        try:
-            value = json.load(file)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is not valid JSON ({error}); copy or save it again") from error
+        text = file.read(MAX_HEADER + 1)
+    try:
+        if len(text) > MAX_HEADER:
+            raise ValueError(f"it has more than {MAX_HEADER:,} bytes")
+        value = _parsed(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); copy or save it again") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object, not {type(value).__name__}")
+    return value
+
+
+def _parsed(text: bytes) -> Any:
+    """The JSON value in UTF-8 text, without any name twice, in bounded memory and of bounded depth."""
+    if sum(map(text.count, (b"[", b"{", b","))) > MAX_VALUES:
+        raise ValueError("it holds too many values")
+    value = json.loads(text.decode(), object_pairs_hook=_unique)
+    level = [value]
+    for _ in range(MAX_LEVELS):
+        inside = [one.values() if isinstance(one, dict) else one for one in level if isinstance(one, (dict, list))]
+        level = list(chain.from_iterable(inside))
+    if level:
+        raise ValueError("it is nested too deeply")
     return value
 
 
@@ -224,7 +246,7 @@ def read_header(path: Path) -> Header:
         demand(8 + length <= size, f"its header claims {length} bytes but the file has {size}; it was cut off")
         text = file.read(length)
     try:
-        fields = json.loads(text, object_pairs_hook=_unique)
+        fields = _parsed(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(
             f"{path} is not a valid safetensors file: its header is not valid JSON ({error}); copy or save it again"
@@ -235,6 +257,8 @@ def read_header(path: Path) -> Header:
         isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values()),
         "its metadata must map text to text",
     )
+    for told in (fields, metadata, metadata.values()):
+        demand(all(map(is_unicode, told)), "it holds text that is not Unicode")
 
     entries = []
     for name, field in fields.items():
@@ -247,6 +271,8 @@ def read_header(path: Path) -> Header:
         demand(_counts(shape), f"tensor {name!r} has the impossible shape {shape}")
         demand(_counts(offsets) and len(offsets) == 2, f"tensor {name!r} has the impossible offsets {offsets}")
         start, stop = offsets
+        demand(len(shape) <= MAX_DIMENSIONS, f"tensor {name!r} has an impossible shape of {len(shape)} dimensions")
+        demand(prod(filter(None, shape)) < 1 << 63, f"tensor {name!r} has the impossible shape {shape}")
         bits = prod(shape) * BITS[TORCH_NAME[code]]
         demand(
             bits == (stop - start) * 8,
@@ -271,9 +297,14 @@ def read_header(path: Path) -> Header:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} appears twice")
+        (name, _), *_ = Counter(name for name, _ in pairs).most_common(1)
+        raise ValueError(f"{name!r} appears twice")
     return fields
+
+
+def is_unicode(text: str) -> bool:
+    """Whether the text can be written: half a surrogate pair cannot."""
+    return text.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def _counts(values: object) -> bool:

@@ -151,7 +151,7 @@ class Evaluation:
 def _finite(value: float, what: str) -> float:
     try:
         number = float(value)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"the evaluation must return a number, not {value!r} for {what}") from error
     if not math.isfinite(number):
         raise ValueError(

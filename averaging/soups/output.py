@@ -57,13 +57,12 @@ def check_alike(ingredients: Sequence[Checkpoint], chosen: bool = False) -> None
                 )
         if first.entries.keys() != other.entries.keys():
             here, there = first.entries.keys() - other.entries.keys(), other.entries.keys() - first.entries.keys()
-            lines = [
-                f"{first.path} and {other.path} do not hold the same tensors; --only or --skip (only=, skip=) choose "
-                "those that are combined"
-            ]
-            lines += [f"  only in {first.path}: {_some(here)}"] if here else []
-            lines += [f"  only in {other.path}: {_some(there)}"] if there else []
-            raise ValueError("\n".join(lines))
+            only = [(first, here), (other, there)]
+            told = "; ".join(f"only in {one.path}: {_some(names)}" for one, names in only if names)
+            raise ValueError(
+                f"{first.path} and {other.path} do not hold the same tensors: {told}; --only or --skip (only=, skip=) "
+                "choose those that are combined"
+            )
         for name, entry in first.entries.items():
             same = other.entries[name]
             for what, one, two in (("shape", entry.shape, same.shape), ("dtype", entry.dtype, same.dtype)):
@@ -344,8 +343,9 @@ def _write(descriptor: int, data: memoryview, offset: int) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a value as people read it."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Write a value as people read it; paths in it that are not Unicode as JSON escapes them."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def _with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from averaging.checkpoints import Checkpoint
 from averaging.checkpoints.files import read_json
+from averaging.soups.engine import AVERAGED
 from averaging.soups.fisher import Fisher
 from averaging.soups.lora import METHOD as LORA
 from averaging.soups.soup import Soup
@@ -37,8 +38,16 @@ def recorded(
     record = read_json(Path(path))
     try:
         ingredients = record["ingredients"]
+        if len({ingredient["path"] for ingredient in ingredients}) < len(ingredients):
+            raise TypeError("it names an ingredient twice")
+        if not isinstance(record["method"], str):
+            raise TypeError(f"the method is {record['method']!r}")
         models = [Checkpoint(ingredient["path"]) for ingredient in ingredients]
         weights = record.get("coefficients") or [ingredient["weight"] for ingredient in ingredients]
+        by_tensor = weights if isinstance(weights, dict) else {"": weights}
+        for name, own in by_tensor.items():
+            if len(own) != len(models) or not all(map(_is_finite, own)):
+                raise TypeError(f"{name!r}: expected a number for each of {len(models)} ingredients")
         options: dict[str, Any] = {
             "facts": {key: value for key, value in record.items() if key not in _COMMON},
             "like": record["like"],
@@ -54,8 +63,17 @@ def recorded(
             soup = Fisher(models, output, fisher=fishers, weights=weights, floor=record["floor"], **options)
         else:
             divisor = record["divisor"] if "coefficients" not in record else 1.0
+            if not _is_finite(divisor) or divisor == 0:
+                raise TypeError(f"the divisor is {divisor!r}")
             soup = Soup(models, output, weights=weights, divisor=divisor, method=record["method"], **options)
+        averaged = {name for name, entry in models[-1].entries.items() if entry.dtype in AVERAGED}
+        if isinstance(weights, dict) and (wrong := averaged ^ weights.keys()):
+            raise TypeError(f"coefficients: {min(wrong)!r} is missing, or no tensor to be averaged")
         soup.known = Path(path), [ingredient["checksum"] for ingredient in ingredients]
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(f"{path} is not the record of a soup: {type(error).__name__}: {error}") from error
     return soup
+
+
+def _is_finite(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e300  # NaN is not, either
