@@ -1489,7 +1489,7 @@ def snapshot(root: Path) -> dict[str, object]:
 def tensors(path: Path) -> dict:
     """What a checkpoint holds, read by the libraries that define the formats."""
     import torch
-    from safetensors.torch import load
+    from safetensors.torch import load, load_file
 
     if path.suffix in (".pt", ".ckpt", ".bin"):
         content = torch.load(path, weights_only=True)
@@ -1498,8 +1498,8 @@ def tensors(path: Path) -> dict:
         files = sorted(path.glob("*.safetensors")) or sorted(path.glob("*/*.safetensors"))
         if (path / INDEX).exists():
             files = [path / file for file in sorted(set(json.loads((path / INDEX).read_text())["weight_map"].values()))]
-        return {name: tensor for file in files for name, tensor in load(file.read_bytes()).items()}
-    return load(path.read_bytes())  # by content: it opens no path that is not Unicode
+        return {name: tensor for file in files for name, tensor in load_file(file).items()}
+    return load_file(path) if str(path).isascii() else load(path.read_bytes())  # it opens no path that is not Unicode
 
 
 def mean(ingredients: list[dict]) -> dict:

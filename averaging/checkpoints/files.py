@@ -272,12 +272,12 @@ def read_header(path: Path) -> Header:
         demand(_counts(offsets) and len(offsets) == 2, f"tensor {name!r} has the impossible offsets {offsets}")
         start, stop = offsets
         demand(len(shape) <= MAX_DIMENSIONS, f"tensor {name!r} has an impossible shape of {len(shape)} dimensions")
-        demand(prod(filter(None, shape)) < 1 << 63, f"tensor {name!r} has the impossible shape {shape}")
         bits = prod(shape) * BITS[TORCH_NAME[code]]
         demand(
             bits == (stop - start) * 8,
             f"tensor {name!r}, {code} of shape {shape}, cannot lie at the bytes {start} to {stop}",
         )
+        demand(prod(filter(None, shape)) < 1 << 63, f"tensor {name!r} has the impossible shape {shape}")
         base = 8 + length
         demand(
             base + stop <= size,
