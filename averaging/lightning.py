@@ -124,7 +124,7 @@ class AveragingCallback(CallbackCore, Callback):
             return
         by_name(self._all_averagers(trainer))  # two of one name are an error
         if self._leads(trainer):
-            self._attach(trainer, pl_module)
+            self._attach(trainer)
         else:
             self.warn_ignored(leading(self._callbacks(trainer)))
         if trainer.global_step != self.averager.step:  # not a second fit() of the same trainer: a new run
@@ -133,10 +133,11 @@ class AveragingCallback(CallbackCore, Callback):
                 averager.reset(trainer.global_step)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if self._detach is not None:
+        # The average of shards cannot be saved by a hook alone, and a run may be saved when it has ended.
+        if self._detach is not None and not is_sharded(pl_module):
             self._detach()
 
-    def _attach(self, trainer: Any, module: LightningModule) -> None:
+    def _attach(self, trainer: Any) -> None:
         """Stand around `trainer.save_checkpoint`: callbacks are left out of a checkpoint of weights only."""
         if self._detach is not None:
             self._detach()  # the run before ended with an exception
@@ -156,6 +157,7 @@ class AveragingCallback(CallbackCore, Callback):
         def save_checkpoint(filepath: Any, weights_only: bool | None = None, *args: Any, **kwargs: Any) -> None:
             nonlocal checksums
             weights: Average | Weights = {}
+            module = trainer.lightning_module
             if is_sharded(module) and not weights_only:
                 checkpoint = Path(trainer.strategy.broadcast(os.fspath(filepath)))
                 self._parts = trainer.strategy.broadcast(f"{KEY}-{secrets.token_hex(4)}")
@@ -169,7 +171,7 @@ class AveragingCallback(CallbackCore, Callback):
                         shutil.rmtree(old, ignore_errors=True)
                     checksums = seal(checkpoint, mark, checksums)
                 return
-            if weights_only:
+            if weights_only and not trainer.state.finished:  # else the model holds what is to be saved
                 wanted = self._chosen_by(_saving_monitor(), trainer)
                 if wanted is None:
                     wanted = self.leader if self.checkpoint == "average" else ONLINE

@@ -28,7 +28,7 @@ def on_ranks(count: int, target: str, folder: Path) -> list[Any]:
         ) as torchrun,
     ):
         try:
-            torchrun.wait(timeout=120)
+            torchrun.wait(timeout=240)
         finally:
             torchrun.terminate()  # and it the ranks, should they wait for each other
     results = [folder / f"rank-{rank}.pt" for rank in range(count)]
