@@ -335,6 +335,7 @@ def four(folder: Path) -> dict[str, Any]:
     """On four processes: what two have saved, in other layouts; and those layouts beside what is gathered."""
     distributed.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "model"))
+    saved = folder.parent / "shard_runs-files" / "at-3"
     count_collectives()
     layouts: dict[str, Callable[[], Net]] = {
         "FSDP2": lambda: fsdp(Net()),
@@ -345,7 +346,7 @@ def four(folder: Path) -> dict[str, Any]:
     for name, build in layouts.items():
         net, kept = build(), averagers(folder)
         result = train(net, kept, different=False)
-        loaded = [average.load(folder / "at-3" / average.name, net) for average in averagers(folder)]
+        loaded = [average.load(saved / average.name, net) for average in averagers(folder)]
         results["layouts"][name] = {
             "right": result["right"],
             "loaded": {average.name: whole(net, average.average()) for average in loaded},

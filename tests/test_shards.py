@@ -9,7 +9,7 @@ import shutil
 import pytest
 import torch
 from ddp_runs import data
-from ranks import on_ranks
+from ranks import once_on_ranks
 from safetensors import safe_open
 from safetensors.torch import load_file
 from shard_runs import Net, averagers, same
@@ -24,7 +24,7 @@ TRAINED = ["tokens.weight", "inner.weight", "outer.weight", "outer.bias", "scale
 
 @pytest.fixture(scope="module")
 def core(tmp_path_factory):
-    return on_ranks(2, "shard_runs:core", tmp_path_factory.mktemp("core"))
+    return once_on_ranks(2, "shard_runs:core", tmp_path_factory.getbasetemp())[1]
 
 
 every_engine = pytest.mark.parametrize("engine", ENGINES)
@@ -85,14 +85,26 @@ def test_a_state_goes_back_to_the_process_it_is_of(core):
         assert "inner.bias" in rank["frozen"]
 
 
+def test_other_engines_are_refused_by_name_with_a_way_out():
+    one = type("FullyShardedDataParallel", (nn.Sequential,), {})(nn.Linear(2, 2))
+    three, meta = nn.Linear(2, 2), nn.Linear(2, 2, device="meta")
+    three.weight.ds_id = 0
+    for model, message in (
+        (one, r"\(FSDP1\).*use FSDP2 \(fully_shard\) or DDP"),
+        (three, r"'weight' is held by DeepSpeed ZeRO-3.*use FSDP2 \(fully_shard\) or DDP"),
+        (meta, "'weight' is on the meta device, without values: materialize the model first"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            EMA(0.9).update(model)
+
+
 # ---------------------------------------------------------------------- files
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     """The folder that two processes wrote to, and what they found."""
-    folder = tmp_path_factory.mktemp("two")
-    return folder, on_ranks(2, "shard_runs:files", folder)
+    return once_on_ranks(2, "shard_runs:files", tmp_path_factory.getbasetemp())
 
 
 def test_a_resumed_run_equals_the_straight_one(two):
@@ -175,9 +187,10 @@ def test_damaged_parts_are_errors(damage, two, tmp_path):
     assert not average.absorbed
 
 
-def test_four_processes_read_what_two_have_saved_and_average_in_other_layouts(two):
-    folder, (first, _) = two
-    for rank in on_ranks(4, "shard_runs:four", folder):
+def test_four_processes_read_what_two_have_saved_and_average_in_other_layouts(two, tmp_path_factory):
+    _, (first, _) = two
+    _, ranks = once_on_ranks(4, "shard_runs:four", tmp_path_factory.getbasetemp())
+    for rank in ranks:
         assert len(rank["layouts"]) == 3
         for layout in rank["layouts"].values():
             assert all(layout["right"].values()), layout["right"]
@@ -192,8 +205,7 @@ def test_four_processes_read_what_two_have_saved_and_average_in_other_layouts(tw
 @pytest.fixture(scope="module")
 def fitted(tmp_path_factory):
     pytest.importorskip("lightning.pytorch")
-    folder = tmp_path_factory.mktemp("lightning")
-    return folder, on_ranks(2, "shard_runs:lightning", folder)
+    return once_on_ranks(2, "shard_runs:lightning", tmp_path_factory.getbasetemp())
 
 
 def test_lightning_averages_evaluates_and_trains_on(fitted):
@@ -263,8 +275,7 @@ def test_lightning_refuses_what_cannot_be_kept(fitted):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     pytest.importorskip("transformers")
-    folder = tmp_path_factory.mktemp("transformers")
-    return folder, on_ranks(2, "shard_runs:transformers", folder)
+    return once_on_ranks(2, "shard_runs:transformers", tmp_path_factory.getbasetemp())
 
 
 def test_transformers_averages_evaluates_and_trains_on(trained):
