@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import pickle
+import resource
 import subprocess
 import sys
 
@@ -159,6 +160,18 @@ def test_any_part_of_a_tensor_can_be_read(tmp_path, monkeypatch, gathered):
                 assert part == raw[start : start + size]
         for descriptor in descriptors.values():
             os.close(descriptor)
+
+
+def test_more_files_than_may_be_open(tmp_path):
+    held = {"w": torch.randn(200, 3)}
+    for i in range(2):
+        write(tmp_path / f"step-{i}", {"w": held["w"] * i}, {"w": [[*range(1, 200)], []]}, files=200)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+    try:
+        same(uniform(find(tmp_path)), {"w": held["w"] / 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_a_large_model_becomes_shards_with_an_index(tmp_path, monkeypatch):

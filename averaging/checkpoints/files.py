@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import stat
 from collections import Counter
 from contextlib import contextmanager
@@ -47,6 +48,7 @@ BITS = {name: bits for _, name, bits in _DTYPES}
 
 _WORDS: tuple[tuple[int, Literal["Q", "I", "H", "B"]], ...] = ((8, "Q"), (4, "I"), (2, "H"), (1, "B"))
 
+SPARE_FILES = 64  # that the process may have open besides
 GATHERED = 256 * 1024  # bytes that are read together to be put into different places
 
 MAX_DIMENSIONS = 64
@@ -178,11 +180,13 @@ def read_into(descriptor: int, buffer: memoryview, offset: int, file: Path) -> N
 def opening(entries: Iterable[Entry]) -> Iterator[Mapping[Path, int]]:
     """Descriptors of the files that these tensors lie in; raises as `open_regular`."""
     opened: dict[Path, int] = {}
+    files = dict.fromkeys(file for entry in entries for file in entry.files)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard and len(files) > soft - SPARE_FILES:  # checkpoints of many processes
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(len(files) + SPARE_FILES, hard), hard))
     try:
-        for entry in entries:
-            for file in entry.files:
-                if file not in opened:
-                    opened[file] = open_regular(file)
+        for file in files:
+            opened[file] = open_regular(file)
         yield opened
     finally:
         for descriptor in opened.values():
