@@ -58,7 +58,6 @@ NOT_POSSIBLE = {
     ("Lightning", "EMAAnchor"): "TRL's trainers have a reference model, Lightning's has none",
     ("Lightning DDP", "EMAAnchor"): "TRL's trainers have a reference model, Lightning's has none",
     ("Lightning FSDP2", "EMAAnchor"): "TRL's trainers have a reference model, Lightning's has none",
-    ("Lightning FSDP2", "PostHocEMA"): "it stores whole weights, and is refused where they are sharded",
 }
 """(engine, averager) → why there is no such run."""
 
