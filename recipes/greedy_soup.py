@@ -8,6 +8,7 @@ the greedy soup and the mean of the three best, chosen by validation accuracy, a
 the validation loss. The ensemble takes the mean of the models' logits and costs as many models when it is used. Tested
 on other files. `common/finetuning.py` says what is classified: text with MiniLM where that is installed, some ten
 minutes on two cores; else digits, some seconds.
+Results: scripts/bench/RESULTS.md.
 """
 
 import torch

@@ -7,6 +7,7 @@ rate, at one that falls along a cosine from the first step on, and at one that f
 the constant run the last 40 % are stored as 20 snapshots, and averaged afterwards: as many of the last as one likes,
 all alike or with weights that stand in for a decay of the rate (WSM: Tian et al. 2025, arXiv:2507.17634). In a shell
 ``soup runs/last_k/seed-0 --last 10 --weights cosine -o soup.safetensors``. Some ten minutes on two cores.
+Results: scripts/bench/RESULTS.md.
 """
 
 from statistics import mean

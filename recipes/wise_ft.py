@@ -6,6 +6,7 @@ Fine-tuning on one kind of data can cost what the pretrained model knew of other
 between the two are tested on both, which is the curve of Wortsman et al. 2022 (arXiv:2109.01903): α = 0.5 is what they
 advise where shifted data are not at hand to choose with. `common/finetuning.py` says what is classified: text with
 MiniLM where that is installed, some five minutes on two cores; else digits, some seconds.
+Results: scripts/bench/RESULTS.md.
 """
 
 from safetensors.torch import save_file
