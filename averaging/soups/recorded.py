@@ -66,7 +66,7 @@ def recorded(
             if not _is_finite(divisor) or divisor == 0:
                 raise TypeError(f"the divisor is {divisor!r}")
             soup = Soup(models, output, weights=weights, divisor=divisor, method=record["method"], **options)
-        averaged = {name for name, entry in models[-1].entries.items() if entry.dtype in AVERAGED}
+        averaged = {name for name, entry in soup.ingredients[-1].entries.items() if entry.dtype in AVERAGED}
         if isinstance(weights, dict) and (wrong := averaged ^ weights.keys()):
             raise TypeError(f"coefficients: {min(wrong)!r} is missing, or no tensor to be averaged")
         soup.known = Path(path), [ingredient["checksum"] for ingredient in ingredients]
