@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 def size(count: float) -> str:
@@ -18,3 +18,10 @@ def place(devices: Iterable[object]) -> str:
     """Where tensors on these devices lie: ``in CPU memory``, ``on cuda:0``."""
     names = sorted({str(device) for device in devices})
     return "in CPU memory" if names == ["cpu"] else f"on {' and '.join(names)}"
+
+
+def aligned(rows: Sequence[Sequence[str]], *, right: bool = False) -> list[str]:
+    """The lines of a table: columns two spaces apart, texts on the left or on the right of theirs."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    fit = str.rjust if right else str.ljust
+    return ["  ".join(map(fit, row, widths)) for row in rows]

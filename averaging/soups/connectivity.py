@@ -22,6 +22,7 @@ from averaging.soups import plots
 from averaging.soups.evaluation import Best, Evaluate, Progress, check_best, evaluating, title
 from averaging.soups.soup import Options, Paths, opened
 from averaging.soups.uniform import Uniform
+from averaging.text import aligned
 
 TOLERANCE = 0.02
 SOUP = "soup"
@@ -66,10 +67,7 @@ class Connectivity:
             numbers = [f"{n:.5g}" for n in (line.metrics[0], line.metrics[-1], worst, line.barrier)]
             verdict = "connected" if line.connected else "NOT mode-connected"
             rows.append([f"  {line.ends[0]} to {line.ends[1]}", "", *numbers, verdict])
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join(
-            "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows
-        )
+        return "\n".join(line.rstrip() for line in aligned(rows))
 
 
 def connectivity(

@@ -28,6 +28,7 @@ from averaging.soups.soup import Options, PathLike, Paths, Products, Soup, cook_
 from averaging.soups.task import Task
 from averaging.soups.warp import Warp
 from averaging.soups.wise_ft import WiseFT
+from averaging.text import aligned
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -78,9 +79,7 @@ class Curve:
         for point in self.points:
             numbers = [f"{point.metrics[name]:.6g}" for name in names]
             rows.append([f"{point.value:.10g}", *numbers, "*" if point is self.best else ""])
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ("  ".join(text.rjust(width) for text, width in zip(row, widths, strict=True)) for row in rows)
-        return "\n".join(line.rstrip() for line in lines)
+        return "\n".join(line.rstrip() for line in aligned(rows, right=True))
 
 
 def curve(

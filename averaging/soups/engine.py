@@ -154,15 +154,18 @@ class _Pass:
         """`_read`, as tensors."""
         return [as_tensor(row, tensor.sources[0].dtype) for row in self._read(tensor, start, size, buffers)]
 
-    def _find_nonfinite(self, tensor: _Tensor, start: int, size: int, buffers: _Buffers) -> None:
-        for number, values in enumerate(self._rows(tensor, start, size, buffers)):
-            bad = values.isfinite().logical_not_()
-            if bad.any():
-                index = int(bad.nonzero()[0])
-                raise ValueError(
-                    f"{self.ingredients[number].path}: tensor {tensor.name!r} holds {values[index].item()} at element "
-                    f"{start // values.itemsize + index}; {self.advice}"
-                )
+    def _find_nonfinite(self, tensor: _Tensor, start: int, stop: int, buffers: _Buffers) -> None:
+        """Raise for the ingredient that holds NaN or infinity between these bytes, if one does."""
+        for position in range(start, stop, PIECE):
+            rows = self._rows(tensor, position, min(PIECE, stop - position), buffers)
+            for ingredient, values in zip(self.ingredients, rows, strict=True):
+                bad = values.isfinite().logical_not_()
+                if bad.any():
+                    index = int(bad.nonzero()[0])
+                    raise ValueError(
+                        f"{ingredient.path}: tensor {tensor.name!r} holds {values[index].item()} at element "
+                        f"{position // values.itemsize + index}; {self.advice}"
+                    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,9 +220,9 @@ class Mixer(_Pass):
         digests = [hashlib.sha256() for _ in tensor.sources]
         dtype_out = self.dtypes[tensor.name] if tensor.averaged else tensor.sources[0].dtype
         own = arithmetic(tensor.sources[0].dtype, dtype_out) if tensor.averaged else arithmetic()
+        block = own.block(len(tensor.sources), PIECE)
         for position in range(start, stop, PIECE):
             end = min(position + PIECE, stop)
-            block = own.block(len(tensor.sources), PIECE)
             for at in range(position, end, block):
                 if self._stop.is_set():
                     return
@@ -253,7 +256,7 @@ class Mixer(_Pass):
             finite = self._combine(own, tensor, start, rows, coefficients, mix.divisor, out)
             # One bad number among the ingredients makes this sum bad; it may also just overflow.
             if not finite and not self.allow_nonfinite and not as_tensor(out, dtype_out).isfinite().all():
-                self._find_nonfinite(tensor, start, size, buffers)
+                self._find_nonfinite(tensor, start, start + size, buffers)
                 raise ValueError(
                     f"tensor {tensor.name!r}: the average is too large for {dtype_out}; choose a wider dtype"
                 )
@@ -403,8 +406,7 @@ class Gram(_Pass):
             size = min(self._block, stop - position)
             own.products(self._read(tensor, position, size, buffers), dtype, part)
         if not all(map(math.isfinite, part.cast("d"))):
-            for position in range(start, stop, PIECE):
-                self._find_nonfinite(tensor, position, min(PIECE, stop - position), buffers)
+            self._find_nonfinite(tensor, start, stop, buffers)
             raise ValueError(f"tensor {tensor.name!r}: its numbers are too large to be squared and summed")
 
     def _end(self, tensor: _Tensor) -> None:

@@ -22,6 +22,7 @@ from averaging.soups import plots
 from averaging.soups.evaluation import Best, Evaluate, Progress, check_best, evaluating, title
 from averaging.soups.soup import Options, Paths, opened
 from averaging.soups.uniform import Uniform
+from averaging.text import aligned
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,8 +58,7 @@ class Chosen:
         for one in self.tried:
             soup = "-" if one.soup is None else f"{one.soup:.6g}" + ("*" if one.kept else " ")
             rows.append([str(one.checkpoint.path), f"{one.metric:.6g}", soup])
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) for row in rows)
+        return "\n".join(aligned(rows))
 
 
 def greedy(

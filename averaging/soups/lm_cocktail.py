@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 from averaging.checkpoints import Checkpoint
 from averaging.soups.evaluation import Best, Evaluate, Progress, check_best, evaluating
 from averaging.soups.soup import Options, PathLike, Paths, Soup, check_fraction, opened
+from averaging.text import aligned
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,8 +45,7 @@ class Cocktail:
         rows = [["model", "alone", "share"]]
         for model, metric, share in zip(self.models, self.metrics, self.shares, strict=True):
             rows.append([str(model.path), "target" if metric is None else f"{metric:.6g}", f"{share:.4f}"])
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) for row in rows)
+        return "\n".join(aligned(rows))
 
 
 def lm_cocktail(

@@ -50,8 +50,7 @@ class Slopes(engine._Pass):
             direction = gradient[position // width : (position + size) // width]
             kernels.project(self._rows(tensor, position, size, buffers), direction, part)
         if not torch.isfinite(part).all():
-            for position in range(start, stop, engine.PIECE):
-                self._find_nonfinite(tensor, position, min(engine.PIECE, stop - position), buffers)
+            self._find_nonfinite(tensor, start, stop, buffers)
             raise ValueError(f"the gradient of the loss by {tensor.name!r} holds NaN or infinity, or is too large")
 
     def _end(self, tensor: engine._Tensor) -> None:

@@ -27,6 +27,7 @@ from averaging.soups.ema import check_ema, ema_weights
 from averaging.soups.evaluation import Best, Evaluate, Progress, check_best, evaluating, title
 from averaging.soups.post_hoc import rebuilding, snapshots
 from averaging.soups.uniform import Uniform
+from averaging.text import aligned
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -83,8 +84,7 @@ class Sweep:
                 cell = known.get((step, column))
                 row.append("-" if cell is None else f"{cell.metric:.6g}" + ("*" if cell is self.best else " "))
             rows.append(row)
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join("  ".join(text.rjust(width) for text, width in zip(row, widths, strict=True)) for row in rows)
+        return "\n".join(aligned(rows, right=True))
 
 
 def sweep(
