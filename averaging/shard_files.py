@@ -25,6 +25,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from averaging.atomic import replacing
 from averaging.checkpoints.files import layout
+from averaging.flat_slice import FlatSlice
 from averaging.kernels import rounded
 from averaging.memory import SnapshotFile
 from averaging.shards import is_shard, local, process
@@ -37,8 +38,10 @@ if TYPE_CHECKING:
     from averaging.weights import Weights
 
 
-def shard_like(part: Tensor, like: Any) -> DTensor:
-    """The DTensor of which this process holds ``part``, laid out over the processes as ``like`` is."""
+def shard_like(part: Tensor, like: Any) -> Any:
+    """The DTensor or `FlatSlice` of which this process holds ``part``, laid out over the processes as ``like`` is."""
+    if isinstance(like, FlatSlice):
+        return like.with_piece(part)
     # Without shape and stride they are guessed from the part, wrongly where the parts are not of equal size.
     return DTensor.from_local(
         part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
@@ -103,7 +106,8 @@ def save_parts(weights: Weights, shards: Weights, folder: Path) -> None:
 
     Args:
         weights: what this process holds.
-        shards: name → DTensor, laid out as the weight of that name is; of the others each process holds the whole.
+        shards: name → DTensor or `FlatSlice`, laid out as the weight of that name is; of others each process holds
+            the whole.
         folder: which does not exist, or is empty.
     """
     parts = {name: shard_like(tensor, shards[name]) if name in shards else tensor for name, tensor in weights.items()}
@@ -111,7 +115,7 @@ def save_parts(weights: Weights, shards: Weights, folder: Path) -> None:
 
 
 def shards_of(model: nn.Module) -> dict[str, Tensor]:
-    """The DTensors of ``model`` under all their names."""
+    """The DTensors and `FlatSlice` of ``model`` under all their names."""
     return {name: tensor for name, tensor in every_tensor(model) if is_shard(tensor)}
 
 
@@ -132,7 +136,7 @@ class Parts(Mapping[str, "Tensor"]):
 
     Args:
         weights: whole; perhaps a file.
-        shards: name → DTensor, of whose shape the tensor of that name is, laid out as the part is to be.
+        shards: name → DTensor or `FlatSlice`, of whose shape the tensor of that name is, laid out as the part is to be.
     """
 
     def __init__(self, weights: Weights, shards: Weights) -> None:
@@ -220,7 +224,9 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _cut(whole: Tensor, like: Any) -> Tensor:
-    """The part of ``whole`` that this process holds of a DTensor ``like`` it."""
+    """The part of ``whole`` that this process holds of a DTensor or `FlatSlice` ``like`` it."""
+    if isinstance(like, FlatSlice):
+        return like.cut(whole)
     shape, offset = compute_local_shape_and_global_offset(like.shape, like.device_mesh, like.placements)
     for dim, (start, length) in enumerate(zip(offset, shape, strict=True)):
         whole = whole.narrow(dim, min(start, whole.shape[dim]), length)  # of an empty part the start is past the end
@@ -267,7 +273,8 @@ def write_whole(
 
     Args:
         parts: what this process holds.
-        shards: name → DTensor, laid out as the weight of that name is; of the others each process holds the whole.
+        shards: name → DTensor or `FlatSlice`, laid out as the weight of that name is; of others each process holds
+            the whole.
         file: which appears as a whole or not at all.
         metadata: of the file; by default its format.
 
@@ -301,4 +308,4 @@ def write_whole(
 def _gathered(part: Tensor, like: Tensor | None) -> Tensor:
     """The whole of what ``part`` is of, laid out as ``like``."""
     part = part.detach()
-    return part if like is None else shard_like(part.to(local(like).device), like).full_tensor()
+    return part if like is None else shard_like(part.to(like.device), like).full_tensor()
