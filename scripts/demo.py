@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,10 @@ class Curves:
     steps: list[int] = field(default_factory=list)
     losses: dict[str, list[float]] = field(default_factory=lambda: {"online": [], "LAWA": [], "EMA": []})
 
-    def __post_init__(self) -> None:
-        self.bar = tqdm(total=STEPS, desc=self.title, unit="step", leave=True, dynamic_ncols=True, mininterval=0.5)
+    @cached_property
+    def bar(self) -> Any:
+        # Made at the first step, below what the averagers log when training starts.
+        return tqdm(total=STEPS, desc=self.title, unit="step", leave=True, dynamic_ncols=True, mininterval=0.5)
 
     def show_step(self, step: int) -> None:
         self.bar.update(step - self.bar.n)
