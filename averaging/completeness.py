@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import re
 import secrets
 import warnings
@@ -20,9 +19,10 @@ import zipfile
 import zlib
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from averaging.atomic import PREFIX, flush, fsync, replacing
+from averaging.unpickling import InertUnpickler
 
 MANIFEST = "averaging-manifest.json"
 VERSION = 1
@@ -244,14 +244,11 @@ class _Stub:
     def extend(self, values: Any) -> None: ...
 
 
-class _PlainData(pickle.Unpickler):
-    """Reads the plain data in a pickle: no code is run, and tensors are left where they are."""
+class _PlainData(InertUnpickler):
+    knows: ClassVar[dict[str, Any]] = {"collections.OrderedDict": OrderedDict}
 
-    def find_class(self, module: str, name: str) -> Any:
-        return OrderedDict if (module, name) == ("collections", "OrderedDict") else _Stub
-
-    def persistent_load(self, pid: Any) -> Any:
-        return _Stub()
+    def unknown(self, name: str) -> Any:
+        return _Stub
 
 
 def _content(file: Path) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import os
-import pickle
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -17,11 +16,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import distributed
-from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint import metadata as dcp
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter, _StorageInfo
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.serialization import _get_layout
 
 from averaging.atomic import replacing
 from averaging.checkpoints.files import layout
@@ -29,6 +30,7 @@ from averaging.flat_slice import FlatSlice
 from averaging.kernels import rounded
 from averaging.memory import SnapshotFile
 from averaging.shards import is_shard, local, process
+from averaging.unpickling import InertUnpickler
 from averaging.weights import every_tensor, stored_tensors
 
 if TYPE_CHECKING:
@@ -202,25 +204,20 @@ class _Reader(FileSystemReader):
     def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
         if self._metadata is None:
             with (Path(self.path) / ".metadata").open("rb") as file:
-                self._metadata = _Unpickler(file).load()
+                self._metadata = _MetadataUnpickler(file).load()
         return self._metadata
 
 
-class _Unpickler(pickle.Unpickler):
-    _KNOWN: ClassVar[dict[str, str]] = {
-        "torch.distributed.checkpoint.metadata": "Metadata StorageMeta MetadataIndex TensorStorageMetadata "
-        "TensorProperties ChunkStorageMetadata BytesStorageMetadata _MEM_FORMAT_ENCODING",
-        "torch.distributed.checkpoint.filesystem": "_StorageInfo",
-        "torch.serialization": "_get_layout",
-        "torch": "Size",
-        "pathlib": "Path PosixPath WindowsPath",
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        known = name in self._KNOWN.get(module, "").split()
-        if not known and not (module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)):
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which does not belong there")
-        return super().find_class(module, name)
+class _MetadataUnpickler(InertUnpickler):
+    knows: ClassVar[dict[str, Any]] = {
+        **{f"{known.__module__}.{known.__qualname__}": known for known in (
+            dcp.Metadata, dcp.StorageMeta, dcp.MetadataIndex, dcp.TensorStorageMetadata,
+            dcp.TensorProperties, dcp.ChunkStorageMetadata, dcp.BytesStorageMetadata,
+            dcp._MEM_FORMAT_ENCODING, _StorageInfo, _get_layout, torch.Size,
+        )},
+        **{f"pathlib.{place}{kind}Path": Path for place in ("", "_local.") for kind in ("", "Posix", "Windows")},
+        **{str(dtype): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)},
+    }  # fmt: skip
 
 
 def _cut(whole: Tensor, like: Any) -> Tensor:

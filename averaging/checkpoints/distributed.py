@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import os
-import pickle
 import re
 import zipfile
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from averaging.checkpoints.files import BITS, Pieces, Strip, open_regular
+from averaging.unpickling import InertUnpickler
 
 METADATA_FILE = ".metadata"
 # What a model's weights are kept under, and what says that it is an optimizer's state.
@@ -71,24 +71,14 @@ class _Properties(_Noted):
     pass
 
 
-class _Unpickler(pickle._Unpickler):  # the one in Python: that in C takes any amount of memory that a pickle asks for
-    known: ClassVar[dict[str, type]] = {}
-    dispatch: ClassVar[dict[int, Any]] = {
-        code: load
-        for code, load in pickle._Unpickler.dispatch.items()
-        if code not in pickle.BYTEARRAY8 + pickle.EXT1 + pickle.EXT2 + pickle.EXT4 + pickle.INST + pickle.OBJ
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        if found := self.known.get(f"{module}.{name}"):
-            return found
-        if module == "torch" and re.fullmatch(r"(bool|u?int|float|bfloat|complex|bits|q)\w*", name):
-            return name  # a dtype
-        raise pickle.UnpicklingError(f"it names {module}.{name}, which does not belong there")
+class _Unpickler(InertUnpickler):
+    def unknown(self, name: str) -> Any:
+        dtype = re.fullmatch(r"torch\.((bool|u?int|float|bfloat|complex|bits|q)\w*)", name)
+        return dtype[1] if dtype else super().unknown(name)
 
 
 class _MetadataUnpickler(_Unpickler):
-    known: ClassVar[dict[str, type]] = {
+    knows: ClassVar[dict[str, Any]] = {
         "torch.distributed.checkpoint.metadata.Metadata": _Metadata,
         "torch.distributed.checkpoint.metadata.MetadataIndex": _Index,
         "torch.distributed.checkpoint.metadata.TensorStorageMetadata": _Tensor,
@@ -108,34 +98,23 @@ class _MetadataUnpickler(_Unpickler):
 class _RecordUnpickler(_Unpickler):
     """Reads the pickle in what ``torch.save`` made of a tensor."""
 
-    _STORAGES: ClassVar[dict[str, str]] = {
-        "DoubleStorage": "float64",
-        "FloatStorage": "float32",
-        "HalfStorage": "float16",
-        "BFloat16Storage": "bfloat16",
-        "LongStorage": "int64",
-        "IntStorage": "int32",
-        "ShortStorage": "int16",
-        "CharStorage": "int8",
-        "ByteStorage": "uint8",
-        "BoolStorage": "bool",
-        "ComplexFloatStorage": "complex64",
-    }
-    known: ClassVar[dict[str, type]] = {
+    knows: ClassVar[dict[str, Any]] = {
         "torch._utils._rebuild_tensor_v2": _Noted,
         "torch._utils._rebuild_tensor_v3": _Noted,
         "collections.OrderedDict": dict,
+        "torch.DoubleStorage": "float64",
+        "torch.FloatStorage": "float32",
+        "torch.HalfStorage": "float16",
+        "torch.BFloat16Storage": "bfloat16",
+        "torch.LongStorage": "int64",
+        "torch.IntStorage": "int32",
+        "torch.ShortStorage": "int16",
+        "torch.CharStorage": "int8",
+        "torch.ByteStorage": "uint8",
+        "torch.BoolStorage": "bool",
+        "torch.ComplexFloatStorage": "complex64",
+        "torch.storage.UntypedStorage": "",  # of no dtype
     }
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "torch" and name in self._STORAGES:
-            return self._STORAGES[name]
-        if (module, name) == ("torch.storage", "UntypedStorage"):
-            return None  # of no dtype
-        return super().find_class(module, name)
-
-    def persistent_load(self, pid: Any) -> Any:
-        return pid
 
 
 class _Slice(io.RawIOBase):
