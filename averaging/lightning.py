@@ -360,6 +360,8 @@ class AveragingCallback(CallbackCore, Callback):
             return
         self._online = self.recalibration = None
         path = str(trainer.ckpt_path)
+        if _is_local_file_protocol(path):
+            _locate_folders(checkpoint, path)  # ModelParallelStrategy loads files, too, and by itself
         if payload is not None and self._leads(trainer) and _is_local_file_protocol(path):
             states = [entry.get("state", {}) for entry in _averages(checkpoint)]
             if all(os.path.isdir(state["folder"]) for state in states if "folder" in state):  # else `missing` decides
@@ -448,16 +450,19 @@ class _CheckpointIO(TorchCheckpointIO):
             _remove(old)
 
     def load_checkpoint(self, path: str | Path, *args: Any, **options: Any) -> dict[str, Any]:
+        if (Path(path) / "meta.pt").is_file():
+            raise ValueError(
+                f"{path}: its processes wrote this checkpoint together under ModelParallelStrategy, and Lightning "
+                "loads it under no other: resume with that strategy, or begin a new run with its weights, "
+                f'module.load_state_dict(load_average("{path}", "{ONLINE}")). Without "{ONLINE}" they are the average'
+            )
         try:
             checkpoint = super().load_checkpoint(path, *args, **options)
         except Exception:
             if _is_local_file_protocol(path) and os.path.isfile(path):
                 require_whole(Path(path))  # which says more, and what to do
             raise
-        place = os.path.dirname(os.path.realpath(path))  # last.ckpt may be a symbolic link
-        for entry in _averages(checkpoint):
-            if "folder" in entry.get("state", {}):
-                entry["state"]["folder"] = os.path.join(place, entry["state"]["folder"])
+        _locate_folders(checkpoint, path)
         return checkpoint
 
     def remove_checkpoint(self, path: str | Path) -> None:
@@ -468,6 +473,14 @@ class _CheckpointIO(TorchCheckpointIO):
 
 def _averages(checkpoint: dict[str, Any]) -> list[dict[str, Any]]:
     return [*checkpoint.get(KEY, {"averages": {}})["averages"].values()]
+
+
+def _locate_folders(checkpoint: dict[str, Any], path: str | Path) -> None:
+    """Let a checkpoint that was loaded from ``path`` say where the folders beside it are."""
+    place = os.path.dirname(os.path.realpath(path))  # last.ckpt may be a symbolic link
+    for entry in _averages(checkpoint):
+        if "folder" in entry.get("state", {}):
+            entry["state"]["folder"] = os.path.join(place, entry["state"]["folder"])  # nothing new the second time
 
 
 def _folders(checkpoint: str | Path) -> list[str]:

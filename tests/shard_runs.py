@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, TensorDataset
 
 from averaging import (
@@ -264,6 +265,25 @@ def state(net: Net, optimizer: torch.optim.Optimizer) -> list[Any]:
     return copy.deepcopy([net.state_dict(), optimizer.state_dict()])
 
 
+def goes_on(net: nn.Module, kept: list[Averager], references: list[Averager], seen: list[Any], steps: range) -> Any:
+    """Train ``net``; whether the averages are those of the weights ``seen`` at each step before, and since then."""
+    weights: list[dict[str, torch.Tensor]] = []
+    optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.5)
+    for step in steps:
+        loss(net, step).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        weights.append(gathered(getattr(net, "module", net)))
+        for average in kept:
+            average.update(net, step)
+    for reference in references:
+        for step, values in enumerate([*seen, *weights]):
+            reference.update(values, step)
+    plain = getattr(net, "module", net)
+    right = {a.name: same(whole(plain, a.average()), r.average()) for a, r in zip(kept, references, strict=True)}
+    return {"weights": weights, "right": right}
+
+
 def files(folder: Path) -> dict[str, Any]:
     """Save at step 3 and go on; read it again, as shards and whole."""
     distributed.init_process_group("gloo")
@@ -317,6 +337,20 @@ def files(folder: Path) -> dict[str, Any]:
     distributed.barrier()
     shards = [average.load(folder / "plain" / average.name, net) for average in averagers(folder)]
     results["from plain"] = all(same(one.average(), two.average()) for one, two in zip(shards, kept, strict=True))
+
+    # From FSDP2 to DDP and back, training on in each.
+    plain = Net()
+    load_into(plain, whole_weights[3])
+    ddp = DistributedDataParallel(plain)
+    on = [average.load(folder / "at-3" / average.name, ddp) for average in averagers(folder)]
+    results["under DDP"] = goes_on(ddp, on, averagers(folder), whole_weights[:4], range(4, 6))
+    if rank == 0:
+        for average in on:
+            average.save(folder / "under-DDP" / average.name)
+    distributed.barrier()
+    net, seen = fsdp(copy.deepcopy(plain)), [*whole_weights[:4], *results["under DDP"]["weights"]]
+    on = [average.load(folder / "under-DDP" / average.name, net) for average in averagers(folder)]
+    results["under FSDP2 again"] = goes_on(net, on, averagers(folder), seen, range(6, 9))
 
     # What cannot be written, and what is another model's.
     for name, attempt in {
@@ -377,7 +411,7 @@ def lightning(folder: Path) -> dict[str, Any]:
             self.validated: list[float] = []
 
         def configure_model(self):
-            if not isinstance(self.net, FSDPModule) and dist():
+            if self.device_mesh is not None and not isinstance(self.net, FSDPModule):
                 for part in (self.net[0], self.net[2], self.net):
                     fully_shard(part, mesh=self.device_mesh["data_parallel"])
 
@@ -401,17 +435,13 @@ def lightning(folder: Path) -> dict[str, Any]:
         def val_dataloader(self):
             return DataLoader(TensorDataset(*data(16, 2)), batch_size=4)
 
-    def dist() -> bool:
-        return distributed.is_initialized()
-
     class Recorder(pl.Callback):
         def __init__(self) -> None:
             self.weights: dict[int, Any] = {}
             self.history: list[dict[str, float]] = []
 
         def on_train_start(self, trainer, module):
-            if not trainer.global_step:
-                self.weights[0] = gathered(module)
+            self.weights[trainer.global_step] = gathered(module)
 
         def on_train_batch_end(self, trainer, module, *_):
             self.weights[trainer.global_step] = gathered(module)
@@ -420,18 +450,22 @@ def lightning(folder: Path) -> dict[str, Any]:
             self.history.append({name: float(value) for name, value in trainer.callback_metrics.items()})
 
     def trainer(*callbacks: Any, **options: Any) -> pl.Trainer:
-        strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, **options.pop("strategy", {}))
+        strategy = options.pop("strategy", {})
+        if strategy != "ddp":
+            strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, **strategy)
         return pl.Trainer(
             accelerator="cpu", strategy=strategy, devices=2, max_steps=10, default_root_dir=folder, logger=False,
             val_check_interval=4, enable_progress_bar=False, enable_model_summary=False, callbacks=[*callbacks],
             **options,
         )  # fmt: skip
 
-    def run(name: str, *callbacks: Any, resume: Path | None = None) -> tuple[Module, Recorder, Any]:
+    def run(name: str, *callbacks: Any, resume: Path | None = None, **options: Any) -> tuple[Module, Recorder, Any]:
         pl.seed_everything(3)
         module, recorder = Module(), Recorder()
         saving = ModelCheckpoint(folder / name, filename="{step}", every_n_train_steps=3, save_top_k=-1)
-        fitting = trainer(recorder, *callbacks, *([saving] if callbacks else []), enable_checkpointing=bool(callbacks))
+        fitting = trainer(
+            recorder, *callbacks, *([saving] if callbacks else []), enable_checkpointing=bool(callbacks), **options
+        )
         fitting.fit(module, ckpt_path=resume)
         return module, recorder, fitting
 
@@ -465,11 +499,34 @@ def lightning(folder: Path) -> dict[str, Any]:
     resumed, recorded, _ = run("resumed", AveragingCallback(*again, evaluate="all", batchnorm=3),
         resume=folder / "straight" / "step=6.ckpt")  # fmt: skip
     results["resumed"] = [
-        [*recorded.weights] == [7, 8, 9, 10],
+        [*recorded.weights] == [6, 7, 8, 9, 10],
         all(same(weights, recorder.weights[step]) for step, weights in recorded.weights.items()),
         all(same(one.average(), two.average()) for one, two in zip(straight, again, strict=True)),
         same(gathered(resumed), gathered(module)),
     ]
+
+    # A run under DDP goes on under FSDP2, whatever its checkpoints hold; the other way round Lightning does not.
+    for held in ("online", "average"):
+        first, again = AveragingCallback(*kept(), checkpoint=held), kept()
+        _, before, _ = run(f"ddp-{held}", first, strategy="ddp", limit_val_batches=0)
+        checkpoint = folder / f"ddp-{held}" / "step=6.ckpt"
+        resumed, after, _ = run("from ddp", AveragingCallback(*again), resume=checkpoint, limit_val_batches=0)
+        references = kept()
+        for reference in references:
+            for step in range(7):
+                reference.update(before.weights[step], step)
+            for step in range(7, 11):
+                reference.update(after.weights[step], step)
+        results[f"from ddp, {held}"] = [
+            [*after.weights] == [6, 7, 8, 9, 10],
+            same(after.weights[6], before.weights[6]),
+            *(same(whole(resumed, a.average()), r.average()) for a, r in zip(again, references, strict=True)),
+            same(after.weights[10], before.weights[10]),
+        ]
+    try:
+        run("to ddp", AveragingCallback(*kept()), resume=folder / "straight" / "step=6.ckpt", strategy="ddp")
+    except ValueError as error:
+        results["to ddp"] = str(error)
 
     measuring = trainer(AveragingCallback(*kept()), enable_checkpointing=False)
     other = Module()
@@ -504,7 +561,7 @@ def transformers(folder: Path) -> dict[str, Any]:
     from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
     from transformers.distributed import DistributedConfig
 
-    from averaging.transformers import AveragingCallback
+    from averaging.transformers import AnchorCallback, AveragingCallback
 
     logging.disable(logging.WARNING)
     distributed.init_process_group("gloo")
@@ -590,6 +647,7 @@ def transformers(folder: Path) -> dict[str, Any]:
     for name, callback, options in (
         ("best", AveragingCallback(EMA(0.8)), {"load_best_model_at_end": True, "save_steps": 2}),
         ("resume", AveragingCallback(*kept()), {"resume": str(folder / "straight" / "checkpoint-6")}),
+        ("anchor", AnchorCallback(EMAAnchor(0.3)), {"eval_strategy": "no"}),
     ):
         try:
             run(name, callback, **options)

@@ -316,16 +316,20 @@ def test_refused_anywhere(policy_path, tokenizer, tmp_path):
         trainer("dpo", policy_path, tokenizer, tmp_path, callbacks).train()
 
     class Sharded(transformers.TrainerCallback):
+        def __init__(self, engine):
+            self.engine = engine
+
         def on_train_begin(self, args, state, control, **kwargs):
-            run.is_fsdp_enabled = True
+            setattr(run, self.engine, True)
 
     with pytest.raises(ValueError, match="two of them"):
         attempt([Callback(), Callback(name="other")])
     with pytest.raises(ValueError, match="named 'anchor'"):
         attempt([AveragingCallback(averaging.EMA(0.5, name="anchor")), Callback()])
-    run = trainer("dpo", policy_path, tokenizer, tmp_path, [Sharded(), Callback()])
-    with pytest.raises(ValueError, match="FSDP"):
-        run.train()
+    for engine in ("is_fsdp_enabled", "is_deepspeed_enabled"):
+        run = trainer("dpo", policy_path, tokenizer, tmp_path, [Sharded(engine), Callback()])
+        with pytest.raises(ValueError, match=r"DeepSpeed and FSDP are not supported.*train with DDP"):
+            run.train()
     with pytest.raises(TypeError, match="not an averager"):
         AnchorCallback(0.9)
     with pytest.raises(AttributeError, match=r"averaging\.transformers import EMAAnchor"):

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from shard_runs import Net, averagers, same
 from torch import nn
 
-from averaging import EMA, latest_complete, load_into
+from averaging import EMA, LAWA, latest_complete, load_into
 from averaging.completeness import flaw
 
 ENGINES = ["FSDP2", "FSDP2, bf16 weights", "FSDP2, bf16 policy", "FSDP2, gathered after forward", "tensor parallel"]
@@ -129,6 +129,14 @@ def test_two_processes_read_what_one_has_saved(two):
     assert [rank["from plain"] for rank in ranks] == [True, True]
 
 
+def test_averages_go_on_under_ddp_and_under_fsdp2_again(two):
+    _, ranks = two
+    for rank in ranks:
+        for engine in ("under DDP", "under FSDP2 again"):
+            assert len(rank[engine]["right"]) == 7
+            assert all(rank[engine]["right"].values()), (engine, rank[engine]["right"])
+
+
 def test_the_whole_model_is_one_file(two):
     folder, (first, _) = two
     written = load_file(folder / "whole.safetensors")
@@ -223,6 +231,23 @@ def test_lightning_averages_evaluates_and_trains_on(fitted):
 def test_lightning_resumes_exactly(fitted):
     _, ranks = fitted
     assert [rank["resumed"] for rank in ranks] == [[True] * 4] * 2
+
+
+@pytest.mark.parametrize("held", ["online", "average"])
+def test_lightning_goes_on_under_fsdp2_from_a_checkpoint_of_ddp(held, fitted):
+    _, ranks = fitted
+    assert [rank[f"from ddp, {held}"] for rank in ranks] == [[True] * 5] * 2
+
+
+def test_under_ddp_averages_of_fsdp2_are_read_and_lightning_says_that_the_run_cannot_resume(fitted):
+    folder, ranks = fitted
+    checkpoint = folder / "straight" / "step=6.ckpt"
+    for rank in ranks:
+        assert "under ModelParallelStrategy, and Lightning loads it under no other" in rank["to ddp"]
+        assert 'load_average("' in rank["to ddp"]
+    (states,) = (path for path in checkpoint.glob("averaging-*") if path.is_dir())
+    for average in (LAWA(k=3, every=2), EMA(0.8)):
+        assert same(average.load(states / average.name).average(), ranks[0]["at 6"][average.name])
 
 
 def test_lightning_checkpoints_are_sealed(fitted):
@@ -327,6 +352,7 @@ def test_transformers_refuses_what_cannot_be_kept(trained):
     for rank in ranks:
         assert "load_best_model_at_end does not reach" in rank["best"]
         assert "Trainer saves no state of its optimizer" in rank["resume"]
+        assert "FSDP are not supported, as their parameters are not whole weights: train with DDP" in rank["anchor"]
 
 
 def test_accelerates_fsdp_and_deepspeed_are_refused_in_transformers(tmp_path):
