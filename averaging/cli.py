@@ -80,7 +80,7 @@ ARGUMENTS = {"lambda": "share", "slerp_weights": "weights"}  # what some options
 SEARCHES = ("greedy", "ranked", "learned", "search", "lm-cocktail")
 EVALUATING = ("evaluate", "evaluate_command", "metric", "best", "plot")
 OWN = sorted({name for names in METHODS.values() for name in names})
-CHOICES = ("like", "dtype", "allow_nonfinite", "only", "skip")
+CHOICES = ("like", "dtype", "allow_nonfinite", "only", "skip", "lora", "lora_rank")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -178,7 +178,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--lora",
         choices=("factors", "product"),
-        help="of LoRA adapters average the factors A and B (default), or their products, which an adapter of "
+        help="of LoRA adapters combine the factors A and B (default), or their products, which an adapter of "
         "--lora-rank then stands for: exactly, if that is the sum of the ranks",
     )
     result.add_argument("--lora-rank", type=int, metavar="R", help="(default: each module's own)")
@@ -348,11 +348,6 @@ def _run(options: argparse.Namespace, team: Team) -> None:
         if options.recipe is not None:
             _take_recipe(options)
         varied = [name for name in COEFFICIENTS if isinstance(getattr(options, name), list)]
-        if options.lora == "product":
-            _alone(team, "--lora product")
-            _lora(options)
-            return
-        _refuse(options, "a soup without --lora product", "lora_rank")
         if options.sweep:
             _alone(team, "--sweep")
             _sweep(options)
@@ -385,27 +380,8 @@ def _run(options: argparse.Namespace, team: Team) -> None:
             assert soup.output is not None
             what = "average" if soup.method == "uniform" else soup.method
             count = len(soup.ingredients) - (soup.init is not None)
-            print(f"{soup.output.path}: {what} of {count}, {size(soup.output.nbytes)}, {seconds:.1f} s")
-
-
-def _lora(options: argparse.Namespace) -> None:
-    from averaging.checkpoints import gather, select
-    from averaging.soups.lora import lora
-
-    began = time.monotonic()
-    others = [name for name in OWN if name != "weights"]
-    _refuse(options, "--lora product", "sweep", "post_hoc", "at", "like", "only", "skip", *others, *EVALUATING)
-    if options.method not in (None, "uniform") or options.layers or options.allow_nonfinite:
-        raise ValueError("--lora product is a mean, of all of the adapters: leave out --method, layers and the like")
-    adapters, output = select(gather(options.paths), options.last, options.every), _output(options)
-    if options.dry_run:
-        print("\n".join([*(str(adapter.path) for adapter in adapters), f"their products to {output}"]))
-        return
-    result = lora(
-        adapters, output, weights=options.weights, rank=options.lora_rank, dtype=options.dtype, force=options.force
-    )
-    if not options.quiet:
-        print(f"{output}: average of {len(adapters)}, {result}, {time.monotonic() - began:.1f} s")
+            lost = "" if soup.adapters is None else f", relative error {soup.facts['error']:.2g}"
+            print(f"{soup.output.path}: {what} of {count}{lost}, {size(soup.output.nbytes)}, {seconds:.1f} s")
 
 
 def _sweep(options: argparse.Namespace) -> None:
@@ -748,8 +724,8 @@ def _describe(soup: Soup) -> str:
     for ingredient, share in zip(soup.ingredients, shares, strict=True):
         step = "" if ingredient.step is None else f", step {ingredient.step}"
         lines.append(f"  {share}{ingredient.path} ({size(ingredient.nbytes)}{step})")
-    if soup.model is not soup.ingredients[-1]:
-        lines.append(f"  the rest from {soup.model.path}")
+    if soup.template is not None:
+        lines.append(f"  the rest from {soup.template.path}")
     assert soup.output is not None
     output = soup.output
     lines.append(f"write {output.path}, {len(soup.dtypes)} tensors, {', '.join(sorted(set(soup.dtypes.values())))}")

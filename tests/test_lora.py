@@ -1,4 +1,4 @@
-"""The mean of LoRA adapters' products, against the mean of the merged models in float64."""
+"""Combinations of LoRA adapters' products, against those of the merged models in float64."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 from averaging import cli
 from averaging.checkpoints import Checkpoint
-from averaging.soups import lora, uniform
+from averaging.soups import ema, greedy, lm_cocktail, ranked, rewarded, series, task, uniform, wise_ft
 
 peft = pytest.importorskip("peft")
 
@@ -48,6 +48,14 @@ def merged(folder):
     return peft.PeftModel.from_pretrained(Base(), folder).merge_and_unload()
 
 
+def record(folder):
+    return json.loads((folder / "soup.json").read_text())
+
+
+def same(model, reference):
+    torch.testing.assert_close(model.state_dict(), reference.state_dict(), rtol=1e-11, atol=1e-11)
+
+
 def mean_model(folders, shares):
     model = Base()
     states = [merged(folder).state_dict() for folder in folders]
@@ -77,8 +85,8 @@ CASES = {
 def test_the_mean_model_exactly(tmp_path, case):
     folders = [adapter(tmp_path / str(i), i, **settings) for i, settings in enumerate(CASES[case])]
     weights = [1, 2, 5]
-    result = lora(folders, tmp_path / "out", weights=weights, rank=11)  # at least the sum of the ranks
-    assert result.error < 1e-12
+    uniform(folders, tmp_path / "out", weights=weights, lora="product", lora_rank=11)  # at least the sum of the ranks
+    assert record(tmp_path / "out")["error"] < 1e-12
     reference = mean_model(folders, [w / 8 for w in weights])
     model = peft.PeftModel.from_pretrained(Base(), tmp_path / "out")
     torch.testing.assert_close(model(TOKENS), reference(TOKENS), rtol=1e-11, atol=1e-11)
@@ -93,31 +101,31 @@ def test_the_mean_model_exactly(tmp_path, case):
 def test_the_truncation_is_the_best_one(tmp_path, rank):
     settings = [{"r": 2, "rank_pattern": {"second": 4}}, {"r": 3}, {"r": 2}]
     folders = [adapter(tmp_path / str(i), i, **own) for i, own in enumerate(settings)]
-    result = lora(folders, tmp_path / "out", rank=rank)
+    uniform(folders, tmp_path / "out", lora="product", lora_rank=rank)
+    noted = record(tmp_path / "out")
     base, mean, got = Base().state_dict(), mean_model(folders, [1 / 3] * 3).state_dict(), None
     got = merged(tmp_path / "out").state_dict()
     lost = total = 0.0
     for module, own in (("first", rank or 3), ("second", rank or 4)):
-        assert result.ranks[f"base_model.model.{module}"] == own
+        assert noted["ranks"][f"base_model.model.{module}"] == own
         name = f"{module}.weight"
         u, s, vt = torch.linalg.svd(mean[name] - base[name], full_matrices=False)
         best = (u[:, :own] * s[:own]) @ vt[:own]
         torch.testing.assert_close(got[name] - base[name], best, rtol=1e-9, atol=1e-11)
         error = (s[own:].norm() / s.norm()).item()
-        assert result.errors[f"base_model.model.{module}"] == pytest.approx(error, abs=1e-12)
+        assert noted["errors"][f"base_model.model.{module}"] == pytest.approx(error, abs=1e-12)
         lost, total = lost + s[own:].square().sum().item(), total + s.square().sum().item()
-    assert result.error == pytest.approx((lost / total) ** 0.5, abs=1e-12)
-    record = json.loads((tmp_path / "out" / "soup.json").read_text())
-    assert (record["method"], record["error"]) == ("lora-product", result.error)
-    assert [i["coefficient"] for i in record["ingredients"]] == [1 / 3] * 3
-    assert len({i["checksum"] for i in record["ingredients"]}) == 3
+    assert noted["error"] == pytest.approx((lost / total) ** 0.5, abs=1e-12)
+    assert (noted["method"], noted["lora"], noted["lora_rank"]) == ("uniform", "product", rank)
+    assert [i["coefficient"] for i in noted["ingredients"]] == [1 / 3] * 3
+    assert len({i["checksum"] for i in noted["ingredients"]}) == 3
 
 
 def test_the_command(tmp_path, capsys):
     a, b = (str(adapter(tmp_path / name, i)) for i, name in enumerate("ab"))
     out = str(tmp_path / "out")
     assert cli.main([a, b, "--lora", "product", "-o", out, "--dtype", "bf16", "--lora-rank", "6"]) == 0
-    assert "out: average of 2, rank 6, relative error " in capsys.readouterr().out
+    assert "out: average of 2, relative error " in capsys.readouterr().out
     assert {t.dtype for t in load_file(f"{out}/adapter_model.safetensors").values()} == {torch.bfloat16}
     kept = Checkpoint(out)
     assert (kept.kind, kept.config["r"], kept.config["lora_alpha"]) == ("peft", 6, 6)
@@ -126,7 +134,7 @@ def test_the_command(tmp_path, capsys):
     torch.testing.assert_close(dict(Checkpoint(out)), dict(Checkpoint(tmp_path / "factors")), rtol=0, atol=0)
     assert cli.main([a, b, "--lora", "product", "-o", f"{tmp_path}/dry", "--dry-run"]) == 0
     assert not (tmp_path / "dry").exists()
-    lora([a, b], tmp_path / "zero", weights=[1, 0])
+    uniform([a, b], tmp_path / "zero", weights=[1, 0], lora="product")
     torch.testing.assert_close(merged(tmp_path / "zero")(TOKENS), merged(a)(TOKENS))
 
 
@@ -164,13 +172,15 @@ HEAD = "base_model.model.head.weight"
         ({}, {A: torch.full((3, 8), torch.nan)}, [], [A, "NaN"]),
         ({}, {A: torch.ones(3, 8, dtype=torch.int64)}, [], [A, "int64"]),
         ({}, {HEAD: torch.ones(3, 7)}, [], [HEAD, "does not hold"]),
-        ({}, {}, ["--lora-rank", "0"], ["rank=0"]),
+        ({}, {}, ["--lora-rank", "0"], ["lora_rank=0"]),
         ({}, {}, ["--weights", "1"], ["1 weights for 2"]),
         ({}, {}, ["--weights=-1,1"], ["positive sum"]),
         ({}, {}, ["--dtype", "int8"], ["unknown dtype"]),
-        ({}, {}, ["--method", "ema"], ["is a mean"]),
+        ({}, {}, ["--method", "model-stock", "--init", "x"], ["not model-stock", "--lora product"]),
+        ({}, {}, ["--method", "learned", "--loss", "test_lora:held_out"], ["not learned", "--lora product"]),
+        ({}, {"base_model.model.tokens.lora_B.bias": torch.ones(3)}, [], ["tokens.lora_B.bias", "not the factor"]),
         ({}, {}, ["--init", "x"], ["--init has no meaning"]),
-        ({}, {}, ["--skip", "x"], ["--skip has no meaning"]),
+        ({}, {}, ["--skip", "x"], ["skip has no meaning"]),
         ({}, {}, ["--last", "1"], ["at least two"]),
     ],
 )
@@ -187,17 +197,98 @@ def test_what_is_refused(tmp_path, capsys, config, tensors, options, says):
     assert {path.name for path in tmp_path.iterdir()} == {"a", "b"}
 
 
+def held_out():
+    return Base(), lambda model, batch: model(batch).sum(), [TOKENS]
+
+
 def test_other_errors(tmp_path, capsys):
     a, b = (adapter(tmp_path / name, i) for i, name in enumerate("ab"))
     assert cli.main([str(a), str(b), "-o", str(tmp_path / "out"), "--lora-rank", "2"]) == 2
-    assert "--lora-rank has no meaning for a soup without --lora product" in capsys.readouterr().err
-    lora([a, b], tmp_path / "out")
-    assert cli.main(["--recipe", str(tmp_path / "out" / "soup.json"), "-o", str(tmp_path / "again")]) == 2
-    assert "--lora product" in capsys.readouterr().err
+    assert "--lora-rank (lora_rank) has no meaning without --lora product" in capsys.readouterr().err
+    product = {"lora": "product"}
+    uniform([a, b], tmp_path / "out", **product)
     with pytest.raises(FileExistsError):
-        lora([a, b], tmp_path / "out")
+        uniform([a, b], tmp_path / "out", **product)
     with pytest.raises(ValueError, match="one of the ingredients"):
-        lora([a, b], a, force=True)
+        uniform([a, b], a, force=True, **product)
+    with pytest.raises(ValueError, match="lora='sum'"):
+        uniform([a, b], lora="sum")
     adapter(tmp_path / "wide", 3, r=4)
     assert cli.main([str(a), str(tmp_path / "wide"), "-o", str(tmp_path / "x")]) == 2
     assert "--lora product" in capsys.readouterr().err
+
+
+PRODUCT = {"lora": "product", "lora_rank": 11}
+
+
+def test_every_linear_method(tmp_path):
+    """With the sum of the ranks the adapter is the same combination as that of the merged models."""
+    a, b, c = folders = [adapter(tmp_path / f"checkpoint-{10 * i}", i, r=i + 2) for i in range(3)]
+    ema(folders, tmp_path / "ema", decay=0.9, **PRODUCT)
+    kept = 0.9**10
+    same(merged(tmp_path / "ema"), mean_model(folders, [kept**2, kept * (1 - kept), 1 - kept]))
+    wise_ft(a, b, tmp_path / "wise", alpha=0.3, **PRODUCT)
+    same(merged(tmp_path / "wise"), mean_model([a, b], [0.7, 0.3]))
+    task(a, [b, c], tmp_path / "task", scale=0.5, weights=[1, -2], **PRODUCT)
+    same(merged(tmp_path / "task"), mean_model(folders, [1.5, 0.5, -1]))
+    rewarded([a, b], tmp_path / "rewarded", share=0.25, **PRODUCT)
+    same(merged(tmp_path / "rewarded"), mean_model([a, b], [0.75, 0.25]))
+    series("wise-ft", [b], [0, 0.5], tmp_path / "series", init=a, **PRODUCT)
+    same(merged(tmp_path / "series" / "alpha-0.5"), mean_model([a, b], [0.5, 0.5]))
+    assert record(tmp_path / "series" / "alpha-0")["error"] < 1e-12
+    in_memory = uniform(folders, **PRODUCT)
+    uniform(folders, tmp_path / "uniform", **PRODUCT)
+    torch.testing.assert_close(in_memory, dict(Checkpoint(tmp_path / "uniform")), rtol=0, atol=0)
+
+
+def distance(weights):
+    """From the mean of a and b, the adapter of which lies beside."""
+    wanted = merged(weights.path.parent.parent / "wanted").state_dict()
+    got = merged(weights.path).state_dict()
+    return sum((got[name] - wanted[name]).square().sum().item() for name in wanted)
+
+
+def test_searches(tmp_path):
+    a, b, c = folders = [adapter(tmp_path / name, i) for i, name in enumerate("abc")]
+    uniform([a, b], tmp_path / "wanted", **PRODUCT)
+    found = greedy(folders, distance, tmp_path / "greedy", cache=tmp_path / "cache.json", **PRODUCT)
+    assert found.metric == pytest.approx(0, abs=1e-20)
+    assert {one.checkpoint.path for one in found.tried if one.kept} == {a, b}
+    same(merged(tmp_path / "greedy"), merged(tmp_path / "wanted"))
+    ranked(folders, distance, tmp_path / "ranked", top=2, **PRODUCT)
+    same(merged(tmp_path / "ranked"), merged(tmp_path / "wanted"))
+    mixed = lm_cocktail([a, c], distance, tmp_path / "cocktail", **PRODUCT)
+    same(merged(tmp_path / "cocktail"), mean_model([a, c], mixed.shares))
+    arguments = ["--lora", "product", "--method", "search", "--evaluations", "5", "--evaluate", "test_lora:distance"]
+    pytest.importorskip("cma")
+    assert cli.main([*map(str, [a, b, c]), *arguments, "-q", "-o", str(tmp_path / "search")]) == 0
+    assert record(tmp_path / "search")["metric"] <= min(one.metric for one in found.tried)
+
+
+def test_the_record_cooks_again(tmp_path, capsys):
+    a, b = (
+        adapter(tmp_path / name, i, target_modules=targets)
+        for i, (name, targets) in enumerate([("a", ["first"]), ("b", ["first", "second", "tokens"])])
+    )
+    recipe = tmp_path / "soup.yaml"
+    recipe.write_text(
+        "lora: product\nlora-rank: 2\ningredients: [a, b]\nweights: [1, 3]\nlayers: {second: {weights: [2, 1]}}"
+    )
+    for name, arguments in {
+        "weighted": [a, b, "--weights", "1,2", "--lora", "product", "--dtype", "bf16"],
+        "wise": [b, "--method", "wise-ft", "--init", a, "--lora", "product", "--lora-rank", "4"],
+        "layers": ["--recipe", recipe],
+    }.items():
+        once, again = tmp_path / name, tmp_path / f"{name}-again"
+        assert cli.main([*map(str, arguments), "-q", "-o", str(once)]) == 0
+        assert cli.main(["--recipe", str(once / "soup.json"), "-q", "-o", str(again)]) == 0
+        for path in once.iterdir():
+            assert path.read_bytes() == (again / path.name).read_bytes()
+    assert record(once)["coefficients"][A] == [0.25, 0.75]
+    assert record(once)["coefficients"][A.replace("first", "second")] == [2 / 3, 1 / 3]
+    recipe.write_text("lora: product\ningredients: [a, b]\nlayers: {'first.lora_A': {weights: [2, 1]}}")
+    assert cli.main(["--recipe", str(recipe), "-o", str(tmp_path / "x")]) == 2
+    assert "first.lora_A" in capsys.readouterr().err
+    edit(b, **{A: torch.zeros(3, 8)})
+    assert cli.main(["--recipe", str(once / "soup.json"), "-o", str(tmp_path / "x")]) == 2
+    assert "has changed since" in capsys.readouterr().err

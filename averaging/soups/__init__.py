@@ -8,7 +8,6 @@ from averaging.soups.greedy import Chosen, greedy, ranked
 from averaging.soups.inspection import Inspection, inspect
 from averaging.soups.learned import Learned, learned
 from averaging.soups.lm_cocktail import Cocktail, lm_cocktail
-from averaging.soups.lora import LoRA, lora
 from averaging.soups.measures import Accuracy, Perplexity
 from averaging.soups.model_stock import model_stock
 from averaging.soups.post_hoc import post_hoc
@@ -29,7 +28,6 @@ __all__ = [
     "Curve",
     "Inspection",
     "Learned",
-    "LoRA",
     "Perplexity",
     "Sweep",
     "connectivity",
@@ -41,7 +39,6 @@ __all__ = [
     "inspect",
     "learned",
     "lm_cocktail",
-    "lora",
     "model_stock",
     "post_hoc",
     "ranked",

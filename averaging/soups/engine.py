@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from averaging.checkpoints import Checkpoint, Entry
+    from averaging.soups.lora import Adapters
 
 Sink = Callable[[str, int, memoryview], None]
 """Takes a tensor's name, an offset in its bytes, and the bytes that belong there; called from several threads."""
@@ -179,6 +180,10 @@ class Mix:
     divisor: float
     sink: Sink
 
+    def of(self, name: str) -> Sequence[float] | None:
+        """The coefficients in the tensor ``name``."""
+        return self.coefficients[name] if isinstance(self.coefficients, Mapping) else self.coefficients
+
 
 class Mixer(_Pass):
     """Computes one or more `Mix`es of ``ingredients`` for every tensor, in float64, rounded once.
@@ -250,10 +255,7 @@ class Mixer(_Pass):
         dtype, dtype_out, size = tensor.sources[0].dtype, self.dtypes[tensor.name], len(rows[0])
         out = buffers.result(size * BITS[dtype_out] // BITS[dtype])
         for mix in self.mixes:
-            coefficients = mix.coefficients
-            if isinstance(coefficients, Mapping):
-                coefficients = coefficients[tensor.name]
-            finite = self._combine(own, tensor, start, rows, coefficients, mix.divisor, out)
+            finite = self._combine(own, tensor, start, rows, mix.of(tensor.name), mix.divisor, out)
             # One bad number among the ingredients makes this sum bad; it may also just overflow.
             if not finite and not self.allow_nonfinite and not as_tensor(out, dtype_out).isfinite().all():
                 self._find_nonfinite(tensor, start, start + size, buffers)
@@ -347,6 +349,34 @@ class FisherMixer(Mixer):
                 "again"
             )
         return values
+
+
+class ProductMixer(Mixer):
+    """Computes combinations of LoRA adapters' products and what is beside them, module by module, by one thread.
+
+    Args:
+        adapters: the ingredients.
+
+    The other arguments are as in `Mixer`.
+    """
+
+    def __init__(self, *arguments: Any, adapters: Adapters, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.adapters = adapters
+
+    def run(self, groups: Sequence[Sequence[str]]) -> Iterator[int]:
+        """As `_Pass.run`."""
+        for number, names in enumerate(groups):
+            for adapter, digests in zip(self.ingredients, self.digests, strict=True):
+                reading = Mixer([adapter], [], self.dtypes)
+                for _ in reading.run([[name for name in names if name in adapter.entries]]):
+                    digests |= reading.digests[0]
+            for mix in self.mixes:
+                ones = [1.0] * len(self.ingredients)
+                shares = {name: [c / mix.divisor for c in mix.of(name) or ones] for name in names}
+                for name, data in self.adapters.combined(shares, self.dtypes):
+                    mix.sink(name, 0, data)
+            yield number
 
 
 def checksum(ingredient: Checkpoint, digests: Mapping[str, bytes]) -> str:

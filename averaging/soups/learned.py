@@ -106,7 +106,7 @@ class Space:
         # Complains now about what would be found wrong at the end.
         self.soup = Soup(models, output, method=method, twins=False, **options)
         ties = self.soup.model.ties if ties is None else ties
-        names = self.soup.ingredients[-1].entries
+        names = self.soup.combined
         self.groups: dict[str, list[str]] = {}
         for name in names:
             self.groups.setdefault(ALL if per == "model" else layer_of(ties.get(name, name)), []).append(name)
@@ -277,7 +277,7 @@ class _Slopes:
         from averaging.apply import load_into
 
         soup = self.space.make(rows).cook()
-        load_into(self.model, {name: soup[name] for name in self.space.soup.ingredients[-1].entries})
+        load_into(self.model, {name: soup[name] for name in self.space.soup.combined})
 
     def loss_of(self, batch: Any, what: str) -> Tensor:
         """The loss of the soup in the model; ``what`` names it in errors.

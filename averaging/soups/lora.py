@@ -1,35 +1,30 @@
-"""The mean of LoRA adapters' products: B A ≈ Σ cᵢ sᵢ Bᵢ Aᵢ with cᵢ = wᵢ / Σ wᵢ, the nearest of a given rank.
+"""LoRA adapters combined by their products, not by their factors: B A ≈ Σ cᵢ sᵢ Bᵢ Aᵢ, the nearest of a given rank.
 
 An adapter (Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", https://arxiv.org/abs/2106.09685,
-section 4.1) adds s B A to a weight. The mean of the factors, which `averaging.soups.uniform` computes, is not that of
-the products: it also pairs one adapter's B with another's A. The mean of the products has up to the sum of the ranks as
-its rank; the nearest matrix of a lower one is the truncated singular value decomposition (Eckart and Young 1936),
-computed here from the factors alone.
+section 4.1) adds s B A to a weight. A combination of the factors is not that of the products: it also pairs one
+adapter's B with another's A. A sum of products has up to the sum of the ranks as its rank, and an adapter of that rank
+does what the combination of the merged models does, up to rounding. The nearest matrix of a lower rank is the truncated
+singular value decomposition (Eckart and Young 1936), computed here in float64 from the factors alone.
+
+Adapters may differ in rank, scaling (``lora_alpha``, ``use_rslora``, patterns) and target modules: a module that an
+adapter leaves alone counts as zero. Other tensors (biases, ``modules_to_save``) are combined as they are.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-import os
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from averaging.checkpoints import Checkpoint, Entry
 from averaging.checkpoints.checkpoint import ADAPTER_CONFIG, ADAPTER_FILE
 from averaging.checkpoints.files import nbytes
-from averaging.decay import Decay
-from averaging.soups.output import Output, write_json
-from averaging.soups.soup import DTYPES, Paths, opened, versions
-from averaging.soups.uniform import checked_weights
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-METHOD = "lora-product"
 # How a module's factors are called: those of an embedding have names of their own.
 FACTORS = ((".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embedding_B"))
 BIAS = ".lora_B.bias"
@@ -49,109 +44,33 @@ _OTHER = {
 _PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")  # others change the base model's weights
 _SAME = ("base_model_name_or_path", "peft_type", "task_type", "fan_in_fan_out")
 _CHOOSING = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+FLOATS = ("bfloat16", "float16", "float32", "float64")
 
 
-@dataclass(frozen=True)
-class LoRA:
-    """An adapter that stands for the mean of the products of several.
-
-    Attributes:
-        checkpoint: the adapter.
-        ranks: module → its rank.
-        errors: module → ‖mean − B A‖ / ‖mean‖ (Frobenius norms): what the truncation costs, not the rounding.
-        error: the same of all modules together.
-    """
-
-    checkpoint: Checkpoint
-    ranks: dict[str, int]
-    errors: dict[str, float]
-    error: float
-
-    def __str__(self) -> str:
-        ranks = sorted(set(self.ranks.values()))
-        rank = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
-        worst = max(self.errors, key=self.errors.__getitem__)
-        return f"rank {rank}, relative error {self.error:.2g}, at most {self.errors[worst]:.2g} ({worst})"
-
-
-def lora(
-    paths: Paths,
-    output: str | os.PathLike[str],
-    *,
-    weights: Sequence[float] | Decay | None = None,
-    rank: int | None = None,
-    dtype: str | None = None,
-    force: bool = False,
-) -> LoRA:
-    """Average the products of LoRA adapters: Σ wᵢ sᵢ Bᵢ Aᵢ / Σ wᵢ of each module, as an adapter of rank ``rank``.
-
-    With the sum of the ranks as ``rank`` the result computes what the mean of the merged models computes, up to
-    rounding. Everything is computed in float64 from QR decompositions of the factors; no product is ever formed.
-    Adapters may differ in rank, scaling (``lora_alpha``, ``use_rslora``, patterns) and target modules: a module that an
-    adapter leaves alone counts as zero. Other tensors (biases, ``modules_to_save``) are averaged as they are.
+class Adapters:
+    """LoRA adapters that belong together, and the adapter that a combination of their products is.
 
     Args:
-        paths: PEFT adapter folders of one base model, or folders of them.
-        output: the folder to write, which opens with ``PeftModel.from_pretrained``.
-        weights: as in `averaging.soups.uniform`.
+        adapters: at least one.
         rank: of all modules. ``None``: for each module the largest rank that it has in an adapter.
-        dtype: as in `averaging.soups.uniform`.
-        force: replace an existing output.
 
-    Returns:
-        The adapter, with the relative error that the rank costs.
+    Attributes:
+        model: the result, of which there is no file yet: what it holds, and its configuration.
+        modules: module → the names of its factors A and B.
+        ranks: module → its rank in the result.
 
     Raises:
-        ValueError: what is not plain LoRA, of another base model, not finite or corrupt; a rank less than 1.
-        FileNotFoundError, FileExistsError, OSError: as `averaging.soups.uniform`.
+        ValueError: what is not plain LoRA, or of another base model; a rank less than 1.
     """
-    import torch
 
-    from averaging import kernels
-
-    plan = _Plan(paths, weights, rank, dtype)
-    place = plan.output(output, force)
-    results: dict[str, Tensor] = {}
-    errors, lost, total = {}, 0.0, 0.0
-    for module, names in plan.modules.items():
-        factors = plan.factors(module)
-        b, a, dropped, square = kernels.refactored(factors, plan.ranks[module])
-        errors[module] = math.sqrt(dropped / square) if square else 0.0
-        lost, total = lost + dropped, total + square
-        results[names[0]], results[names[1]] = a, b
-    results |= {name: plan.mean(name) for name in plan.others}
-    record = plan.record(LoRA(plan.model, plan.ranks, errors, math.sqrt(lost / total) if total else 0.0))
-    with place.writing(record) as writing:
-        for name, entry in plan.model.entries.items():
-            tensor = kernels.rounded(results.pop(name).reshape(entry.shape), getattr(torch, entry.dtype))
-            if not tensor.isfinite().all():
-                raise ValueError(f"tensor {name!r}: the average is too large for {entry.dtype}; choose a wider dtype")
-            writing.sink(name, 0, tensor.reshape(-1).view(torch.uint8).numpy().data)
-        writing.sync(0)
-        writing.finish(record)
-    return LoRA(Checkpoint(output), plan.ranks, errors, record["error"])
-
-
-class _Plan:
-    """The adapters, checked, and what the result holds."""
-
-    def __init__(
-        self, paths: Paths, weights: Sequence[float] | Decay | None, rank: int | None, dtype: str | None
-    ) -> None:
-        self.adapters = opened(paths)
-        if len(self.adapters) < 2:
-            raise ValueError(f"a soup needs at least two adapters, found {len(self.adapters)}")
-        if rank is not None and rank < 1:
-            raise ValueError(f"rank={rank}: an adapter's rank (--lora-rank) must be at least 1")
-        if dtype is not None and dtype not in DTYPES:
-            raise ValueError(f"unknown dtype {dtype!r}; one of {', '.join(DTYPES)}")
-        own = (None if weights is None else checked_weights(weights, self.adapters)) or [1.0] * len(self.adapters)
-        self.weights, self.divisor = own, math.fsum(own)
-        self.dtype = None if dtype is None else DTYPES[dtype]
-        for adapter in self.adapters:
+    def __init__(self, adapters: Sequence[Checkpoint], rank: int | None) -> None:
+        if rank is not None and not (type(rank) is int and rank >= 1):
+            raise ValueError(f"lora_rank={rank}: an adapter's rank (--lora-rank) must be a whole number, at least 1")
+        self.adapters = adapters
+        for adapter in adapters:
             self._check(adapter)
         entries: dict[str, Entry] = {}
-        for adapter in self.adapters:
+        for adapter in adapters:
             for name, entry in adapter.entries.items():
                 entries.setdefault(name, entry)
         self.modules: dict[str, tuple[str, str]] = {}
@@ -161,21 +80,18 @@ class _Plan:
                     path = name.removesuffix(first).removesuffix(second)
                     self.modules[path] = (path + first, path + second)
         factors = {name for names in self.modules.values() for name in names}
-        self.others = [name for name in entries if name not in factors]
         self.ranks: dict[str, int] = {}
         shapes = {}
         for module, names in self.modules.items():
-            held = [self._pair(adapter, names) for adapter in self.adapters if self._has(adapter, names)]
-            if not held:
-                raise ValueError(f"{entries[names[0]].file if names[0] in entries else module}: half of the factors")
+            held = [self._pair(adapter, names) for adapter in adapters if self._has(adapter, names)]
             for a, b in held:
                 if (a[1:], b[:1], b[2:]) != (held[0][0][1:], held[0][1][:1], held[0][1][2:]):
                     raise ValueError(f"the factors of {module!r} are of different shapes: the base models differ")
             self.ranks[module] = rank or max(a[0] for a, _ in held)
             (a, b), r = held[0], self.ranks[module]
             shapes[names[0]], shapes[names[1]] = (r, *a[1:]), (b[0], r, *b[2:])
-        for name in self.others:
-            for adapter in self.adapters:
+        for name in sorted(entries.keys() - factors):
+            for adapter in adapters:
                 if not name.endswith(BIAS) and (
                     name not in adapter.entries or adapter.entries[name].shape != entries[name].shape
                 ):
@@ -183,21 +99,22 @@ class _Plan:
                         f"{adapter.path} does not hold {name!r} as the others do, and it is no LoRA factor: what the "
                         "base model has in its place is not known"
                     )
-        model = copy.copy(self.adapters[-1])
-        model.entries = {}
+                if name in adapter.entries and name.endswith(BIAS):
+                    pair = self.modules.get(name.removesuffix(BIAS))
+                    if pair is None or not self._has(adapter, pair):
+                        raise ValueError(f"{adapter.path} holds {name!r}, but not the factor that it belongs to")
+        self.model = copy.copy(adapters[-1])
+        self.model.entries = {}
         for name, entry in entries.items():
-            last = model_entry if (model_entry := self.adapters[-1].entries.get(name)) else entry
-            kind = self.dtype or last.dtype
-            shape = shapes.get(name, entry.shape)
-            model.entries[name] = Entry(kind, shape, entry.file, 0, nbytes(kind, shape))
-        model.shards = {ADAPTER_FILE: list(model.entries)}
-        model.config = self._config()
-        self.model = model
+            kind, shape = adapters[-1].entries.get(name, entry).dtype, shapes.get(name, entry.shape)
+            self.model.entries[name] = Entry(kind, shape, entry.file, 0, nbytes(kind, shape))
+        self.model.shards = {ADAPTER_FILE: list(entries)}
+        self.model.config = self._config()
 
     def _check(self, adapter: Checkpoint) -> None:
         config = adapter.config or {}
         if adapter.kind != "peft" or config.get("peft_type") != "LORA":
-            raise ValueError(f"{adapter.path} is no LoRA adapter folder, which --lora product (lora) averages")
+            raise ValueError(f"{adapter.path} is no LoRA adapter folder, as --lora product (lora='product') needs")
         first = self.adapters[0]
         for key in _SAME:
             one, two = (first.config or {}).get(key), config.get(key)
@@ -218,7 +135,7 @@ class _Plan:
                 "base model: convert it to plain LoRA when saving it, with path_initial_model_for_weight_conversion"
             )
         for name, entry in adapter.entries.items():
-            if entry.dtype not in DTYPES:
+            if entry.dtype not in FLOATS:
                 raise ValueError(f"{adapter.path}: tensor {name!r} is {entry.dtype}, which cannot be averaged")
 
     @staticmethod
@@ -235,26 +152,78 @@ class _Plan:
             raise ValueError(f"{adapter.path}: {names[0]!r} {list(a)} and {names[1]!r} {list(b)} are no factors")
         return a, b
 
-    def factors(self, module: str) -> list[tuple[Tensor, Tensor]]:
-        """What is to be summed, as matrices (cᵢ sᵢ Bᵢ, Aᵢ) in float64."""
+    def combined(
+        self, shares: Mapping[str, Sequence[float]], dtypes: Mapping[str, str]
+    ) -> Iterator[tuple[str, memoryview]]:
+        """The bytes of the result's tensors, in their ``dtypes``.
+
+        Args:
+            shares: name → the coefficients of the adapters. Only these tensors are computed.
+            dtypes: name → dtype.
+        """
+        import torch
+
+        from averaging import kernels
+
+        for name, tensor in self._results(shares):
+            rounded = kernels.rounded(tensor.contiguous(), getattr(torch, dtypes[name]))
+            if not rounded.isfinite().all():
+                raise ValueError(f"tensor {name!r}: the average is too large for {dtypes[name]}; choose a wider dtype")
+            yield name, rounded.reshape(-1).view(torch.uint8).numpy().data
+
+    def lost(self, shares: Mapping[str, Sequence[float]], names: Collection[str]) -> dict[str, tuple[float, float]]:
+        """Module → the squared Frobenius norms of what the rank costs, and of the whole product.
+
+        Args:
+            shares: name → the coefficients of the adapters.
+            names: only of the modules whose factor A is among these.
+        """
+        return {module: self._product(module, shares[a])[2:] for module, (a, _) in self.modules.items() if a in names}
+
+    def losses(self, lost: Mapping[str, tuple[float, float]]) -> dict[str, Any]:
+        """For the record: the ranks, and the relative errors ‖Σ − B A‖ / ‖Σ‖ that they cost, besides rounding."""
+        whole = [math.fsum(norms) for norms in zip(*lost.values(), strict=True)] or [0.0, 0.0]
+        errors = {module: _ratio(*pair) for module, pair in lost.items()}
+        return {"ranks": self.ranks, "error": _ratio(*whole), "errors": errors}
+
+    def _results(self, shares: Mapping[str, Sequence[float]]) -> Iterator[tuple[str, Tensor]]:
+        factors = set()
+        for module, pair in self.modules.items():
+            factors |= {*pair}
+            if wanted := [name for name in pair if name in shares]:
+                b, a, _, _ = self._product(module, shares[wanted[0]])
+                yield from ((name, a if name == pair[0] else b) for name in wanted)
+        for name in shares.keys() - factors:
+            yield name, self._sum(name, shares[name])
+
+    def _product(self, module: str, shares: Sequence[float]) -> tuple[Tensor, Tensor, float, float]:
+        """Σ cᵢ sᵢ Bᵢ Aᵢ as `averaging.kernels.refactored` gives it."""
+        import torch
+
+        from averaging import kernels
+
         names = self.modules[module]
-        found = []
-        for adapter, weight in zip(self.adapters, self.weights, strict=True):
+        factors = []
+        for adapter, share in zip(self.adapters, shares, strict=True):
             if self._has(adapter, names):
                 a, b = (self._read(adapter, name).flatten(1) for name in names)
-                found.append((b * (weight / self.divisor * _scaling(adapter, module, len(a))), a))
-        return found
+                factors.append((b * (share * _scaling(adapter, module, len(a))), a))
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # the bits may depend on how many there are
+        try:
+            return kernels.refactored(factors, self.ranks[module])
+        finally:
+            torch.set_num_threads(threads)
 
-    def mean(self, name: str) -> Tensor:
-        """The mean of a tensor that is no factor."""
+    def _sum(self, name: str, shares: Sequence[float]) -> Tensor:
+        """The combination of a tensor that is no factor."""
         total: Any = 0
-        for adapter, weight in zip(self.adapters, self.weights, strict=True):
+        for adapter, share in zip(self.adapters, shares, strict=True):
             if name in adapter.entries:
-                scale = weight / self.divisor
                 if name.endswith(BIAS):  # is scaled as the product is
                     module = name.removesuffix(BIAS)
-                    scale *= _scaling(adapter, module, adapter.entries[self.modules[module][0]].shape[0])
-                total = total + self._read(adapter, name) * scale
+                    share *= _scaling(adapter, module, adapter.entries[self.modules[module][0]].shape[0])
+                total = total + self._read(adapter, name) * share
         tensor: Tensor = total
         return tensor
 
@@ -280,48 +249,9 @@ class _Plan:
             config["lora_bias"] = True
         return config
 
-    def output(self, path: str | os.PathLike[str], force: bool) -> Output:
-        """Where the result goes."""
-        dtypes = {name: entry.dtype for name, entry in self.model.entries.items()}
-        return _AdapterOutput(path, self.model, self.adapters, dtypes, converted=self.dtype, force=force)
 
-    def record(self, result: LoRA) -> dict[str, Any]:
-        """The provenance."""
-        from averaging.soups.engine import Mixer, checksum
-
-        ingredients = []
-        for adapter, weight in zip(self.adapters, self.weights, strict=True):
-            mixer = Mixer([adapter], [], {name: entry.dtype for name, entry in adapter.entries.items()})
-            for _ in mixer.run([list(adapter.entries)]):
-                pass
-            ingredients.append(
-                {
-                    "path": os.path.abspath(adapter.path),
-                    "step": adapter.step,
-                    "coefficient": weight / self.divisor,
-                    "weight": weight,
-                    "checksum": checksum(adapter, mixer.digests[0]),
-                }
-            )
-        return {
-            "method": METHOD,
-            "ranks": result.ranks,
-            "error": result.error,
-            "errors": result.errors,
-            "ingredients": ingredients,
-            "divisor": self.divisor,
-            "like": None,
-            "dtype": self.dtype or "as the ingredients",
-            "versions": versions(),
-        }
-
-
-class _AdapterOutput(Output):
-    """An adapter folder with a configuration of its own."""
-
-    def _copy_into(self, folder: Path) -> None:
-        super()._copy_into(folder)
-        write_json(folder / ADAPTER_CONFIG, self.model.config)
+def _ratio(lost: float, whole: float) -> float:
+    return math.sqrt(lost / whole) if whole else 0.0
 
 
 def _inner(module: str) -> str:

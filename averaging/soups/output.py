@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from averaging.atomic import replacing
-from averaging.checkpoints.checkpoint import INDEX_FILE, MODEL_FILE, TITLES, TORCH_INDEX, Checkpoint, weight_files
+from averaging.checkpoints.checkpoint import (
+    ADAPTER_CONFIG,
+    INDEX_FILE,
+    MODEL_FILE,
+    TITLES,
+    TORCH_INDEX,
+    Checkpoint,
+    weight_files,
+)
 from averaging.checkpoints.files import BITS, layout, nbytes
 from averaging.checkpoints.finding import RECORD_FILE, RECORD_KEY, WIDTH_KEY
 from averaging.completeness import MANIFEST
@@ -266,6 +274,8 @@ class Output:
                 {"weight_map": places} | known | {"metadata": known.get("metadata", {}) | {"total_size": self.nbytes}}
             )
             write_json(folder / INDEX_FILE, index)
+        if self.model.kind == "peft":  # of which LoRA's products change the rank
+            write_json(folder / ADAPTER_CONFIG, self.model.config)
         if self.converted and self.model.kind == "huggingface" and self.model.config is not None:
             write_json(folder / "config.json", _with_dtype(self.model.config, self.converted))
 

@@ -11,12 +11,11 @@ from averaging.checkpoints import Checkpoint
 from averaging.checkpoints.files import read_json
 from averaging.soups.engine import AVERAGED
 from averaging.soups.fisher import Fisher
-from averaging.soups.lora import METHOD as LORA
 from averaging.soups.soup import Soup
 
 # What a record holds besides the facts of its method.
 _COMMON = ("method", "ingredients", "divisor", "coefficients", "like", "dtype", "versions")
-_OPTIONS = ("only", "skip", "allow_nonfinite")
+_OPTIONS = ("only", "skip", "allow_nonfinite", "lora", "lora_rank")
 
 
 def is_record(content: Mapping[str, Any]) -> bool:
@@ -55,8 +54,6 @@ def recorded(
             "force": force,
             **{option: record[option] for option in _OPTIONS if option in record},
         }
-        if record["method"] == LORA:
-            raise ValueError(f"{path} is the record of LoRA's products: average them again with --lora product")
         soup: Soup
         if record["method"] == "fisher":
             fishers = [one["path"] for one in record["fisher"]]
@@ -66,7 +63,7 @@ def recorded(
             if not _is_finite(divisor) or divisor == 0:
                 raise TypeError(f"the divisor is {divisor!r}")
             soup = Soup(models, output, weights=weights, divisor=divisor, method=record["method"], **options)
-        averaged = {name for name, entry in soup.ingredients[-1].entries.items() if entry.dtype in AVERAGED}
+        averaged = {name for name, entry in soup.combined.items() if entry.dtype in AVERAGED}
         if isinstance(weights, dict) and (wrong := averaged ^ weights.keys()):
             raise TypeError(f"coefficients: {min(wrong)!r} is missing, or no tensor to be averaged")
         soup.known = Path(path), [ingredient["checksum"] for ingredient in ingredients]

@@ -16,9 +16,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
 from averaging.checkpoints import Checkpoint, gather
+from averaging.soups.lora import Adapters
 from averaging.soups.output import Output, Writing, check_alike
 from averaging.soups.team import Team
 from averaging.soups.template import find_template, named_like
@@ -36,6 +37,7 @@ Formula = Callable[[Sequence[Sequence[float]]], Sequence[float]]
 """From the inner products of a tensor's task vectors τᵢ = θᵢ − θ_init to what the task vectors are multiplied by."""
 Products = Mapping[str, Sequence[Sequence[float]]]
 """Name → all inner products of θ_init and the task vectors, in each floating-point tensor."""
+Lora = Literal["factors", "product"]
 
 # What --dtype accepts, with the usual short names.
 DTYPES = {"bfloat16": "bfloat16", "float16": "float16", "float32": "float32", "float64": "float64"}
@@ -51,6 +53,8 @@ class Options(TypedDict, total=False):
     force: bool
     only: str | None
     skip: str | None
+    lora: Lora | None
+    lora_rank: int | None
 
 
 class Soup:
@@ -87,7 +91,20 @@ class Soup:
         force: bool = False,
         only: str | None = None,
         skip: str | None = None,
+        lora: Lora | None = None,
+        lora_rank: int | None = None,
     ) -> None:
+        if lora is not None and lora not in get_args(Lora):
+            raise ValueError(f"lora={lora!r}: one of {', '.join(get_args(Lora))}")
+        if lora != "product" and lora_rank is not None:
+            raise ValueError("--lora-rank (lora_rank) has no meaning without --lora product (lora='product')")
+        if lora == "product" and (formula is not None or method in ("fisher", "learned")):
+            raise ValueError(
+                f"--lora product (lora='product') is for methods that give each adapter a number, not {method}"
+            )
+        unfit = {"allow_nonfinite": allow_nonfinite, "like": like, "only": only, "skip": skip}
+        for option in [option for option, given in unfit.items() if given and lora == "product"]:
+            raise ValueError(f"{option} has no meaning for --lora product (lora='product'); leave it out")
         self.init = None if init is None else initial(init, models)
         self.method, self.facts, self.twins = method, dict(facts or {}), twins
         self.formula, self.allow_nonfinite = formula, allow_nonfinite
@@ -112,10 +129,19 @@ class Soup:
             self.facts |= {"only": only, "skip": skip}
         if allow_nonfinite:
             self.facts["allow_nonfinite"] = True
-        check_alike(self.ingredients, chosen=only is not None or skip is not None)
-        self.model = self.ingredients[-1]
-        if template := find_template(self.ingredients, like):
-            self.model, self.ingredients = template, named_like(template, self.ingredients)
+        self.adapters: Adapters | None = None
+        self.template: Checkpoint | None = None
+        if lora == "product":
+            self.adapters = Adapters(self.ingredients, lora_rank)
+            self.model = self.adapters.model
+            self.facts |= {"lora": lora, "lora_rank": lora_rank}
+        else:
+            check_alike(self.ingredients, chosen=only is not None or skip is not None)
+            self.template = find_template(self.ingredients, like)
+            if self.template is not None:
+                self.ingredients = named_like(self.template, self.ingredients)
+            self.model = self.ingredients[-1] if self.template is None else self.template
+        self.combined = (self.ingredients[-1] if self.adapters is None else self.model).entries
         if dtype is not None and dtype not in DTYPES:
             raise ValueError(f"unknown dtype {dtype!r}; one of {', '.join(DTYPES)}")
         self.dtype = None if dtype is None else DTYPES[dtype]
@@ -134,10 +160,15 @@ class Soup:
             ValueError: it is no regular expression, or is found in no name that no earlier pattern is found in.
         """
         found = compiled("the pattern ", pattern)
-        if not any(found.search(name) and self._of(name) is self for name in self.ingredients[-1].entries):
+        if not any(found.search(name) and self._of(name) is self for name in self.combined):
             earlier = " that no earlier pattern is found in" if self.layers else ""
             raise ValueError(f"the pattern {pattern!r} is found in the name of no tensor{earlier}")
         self.layers.append((found, other))
+        for a, b in () if self.adapters is None else self.adapters.modules.values():
+            if self._of(a) is not self._of(b):
+                raise ValueError(
+                    f"the pattern {pattern!r} is found in one of {a!r} and {b!r} only: what counts is their product"
+                )
 
     @property
     def coefficients(self) -> list[float] | None:
@@ -173,7 +204,7 @@ class Soup:
                 )
             ],
             **({"divisor": self.divisor} if measured is None else {"coefficients": measured}),
-            "like": None if self.model is self.ingredients[-1] else os.path.abspath(self.model.path),
+            "like": None if self.template is None else os.path.abspath(self.template.path),
             "dtype": self.dtype or "as the ingredients",
             "versions": versions(),
         }
@@ -208,14 +239,23 @@ class Soup:
                 by_tensor[name] = with_init(formula([row[1:] for row in gram[1:]]))
             return by_tensor
         if self.layers:
-            entries = self.ingredients[-1].entries
-            return {name: self._of(name)._shares for name in entries if entries[name].dtype in AVERAGED}
+            return {name: self._of(name)._shares for name, entry in self.combined.items() if entry.dtype in AVERAGED}
         return self.by_tensor
+
+    def note_losses(self, measured: Mapping[str, Sequence[float]] | None, team: Team, mine: Collection[str]) -> None:
+        """Compute for the record what the rank of adapters' products costs, if these are combined."""
+        if self.adapters is not None:
+            adapters, shares = self.adapters, measured or dict.fromkeys(self.combined, self._shares)
+            parts = team.gather(lambda: adapters.lost(shares, mine))
+            found = {module: lost for part in parts for module, lost in part.items()}
+            self.facts |= adapters.losses({module: found[module] for module in adapters.modules})
 
     def mixer(self, *arguments: Any, **options: Any) -> Mixer:
         """The pass that computes the soup; the arguments are those of `averaging.soups.engine.Mixer`."""
-        from averaging.soups.engine import Mixer
+        from averaging.soups.engine import Mixer, ProductMixer
 
+        if self.adapters is not None:
+            return ProductMixer(*arguments, **options, adapters=self.adapters)
         return Mixer(*arguments, **options)
 
     @property
@@ -260,12 +300,14 @@ def cook_all(
     first, team = soups[0], team or Team()
     sizes = {name: entry.stop - entry.start for name, entry in first.model.entries.items()}
     mine = {*team.share(sizes)}
-    held = first.ingredients[-1].entries.keys()
+    held = first.combined.keys()
     if progress is not None and first.formula is not None and first.products is None:
         products, progress = first.measure(_half(progress, 0), team, mine), _half(progress, 1)
     else:
         products = first.measure(None, team, mine)
     measured = [soup.measured(products) for soup in soups]
+    for soup, own in zip(soups, measured, strict=True):
+        soup.note_losses(own, team, mine)
 
     def mix(
         sinks: Sequence[Sink], groups: Sequence[Sequence[str]], done: Callable[[int], object] = lambda number: None

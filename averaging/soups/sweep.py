@@ -17,7 +17,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from averaging.atomic import replacing
 from averaging.checkpoints import Checkpoint, gather
@@ -26,6 +26,7 @@ from averaging.soups import plots
 from averaging.soups.ema import check_ema, ema_weights
 from averaging.soups.evaluation import Best, Evaluate, Progress, check_best, evaluating, title
 from averaging.soups.post_hoc import rebuilding, snapshots
+from averaging.soups.soup import Options
 from averaging.soups.uniform import Uniform
 from averaging.text import aligned
 
@@ -101,14 +102,9 @@ def sweep(
     best: Best = "min",
     metric: str | None = None,
     cache: str | os.PathLike[str] | None = None,
-    like: str | os.PathLike[str] | Checkpoint | None = None,
-    dtype: str | None = None,
-    allow_nonfinite: bool = False,
-    force: bool = False,
-    only: str | None = None,
-    skip: str | None = None,
     plot: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
+    **options: Unpack[Options],
 ) -> Sweep:
     """Evaluate every combination of the settings at every checkpoint, and write the best average.
 
@@ -138,9 +134,10 @@ def sweep(
         at: the steps at which the averages end; all by default.
         best: whether the lowest or the highest metric is best.
         metric, cache: as in `averaging.soups.greedy`.
-        like, dtype, allow_nonfinite, force, only, skip: as in `averaging.soups.uniform`.
         plot: a ``.png``, ``.pdf`` or ``.svg`` file for the heat map of the metric (needs matplotlib).
         progress: called before each evaluation.
+
+    The other arguments are as in `averaging.soups.uniform`.
 
     Raises:
         ValueError: settings that make no sense or fit no checkpoint, steps that are unknown; ``evaluate`` raised or
@@ -150,7 +147,7 @@ def sweep(
     """
     check_best(best)
     axes = {"window": window, "spacing": spacing, "decay": decay, "weights": weights, "post_hoc": post_hoc}
-    options = {"like": like, "dtype": dtype, "allow_nonfinite": allow_nonfinite, "only": only, "skip": skip}
+    force = options.pop("force", False)
     plans = plan(paths, {axis: values for axis, values in axes.items() if values}, at, **options)
     plots.check_plot(plot, output, force)
     table = None if output is None else Path(f"{Path(output)}.sweep.csv")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from averaging.checkpoints import Checkpoint
 from averaging.decay import Decay, decay_weights
-from averaging.soups.soup import Options, Paths, Soup, check_numbers, opened
+from averaging.soups.soup import Lora, Options, Paths, Soup, check_numbers, opened
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,6 +35,8 @@ def uniform(
     force: bool = False,
     only: str | None = None,
     skip: str | None = None,
+    lora: Lora | None = None,
+    lora_rank: int | None = None,
     progress: Progress | None = None,
 ) -> Mapping[str, Tensor]:
     """Average saved checkpoints: Σ wᵢθᵢ / Σ wᵢ, summed in float64 and rounded once.
@@ -61,6 +63,10 @@ def uniform(
         force: replace an existing output.
         only: a regular expression found in the names of the tensors to average, and ``skip``, one in the names of those
             not to: the others are copied from ``like``, or from the last checkpoint, and may differ in shape.
+        lora: what is averaged of LoRA adapters: ``"factors"`` (if ``None``), A and B one by one; or ``"product"``, what
+            they add to the model's weights (see `averaging.soups.lora`). The result is then the nearest adapter of rank
+            ``lora_rank``, and the record tells its relative error. ``None``: the largest rank that each module has in
+            an adapter. With the sum of the ranks it is exact.
         progress: called from time to time with the bytes read and the bytes to read.
 
     Returns:
@@ -75,8 +81,6 @@ def uniform(
 
     Warns:
         UserWarning: two checkpoints have the same content.
-
-    Averaging LoRA adapters averages their A and B factors, not the products: see `averaging.soups.lora`.
     """
     return Uniform(
         paths,
@@ -88,6 +92,8 @@ def uniform(
         force=force,
         only=only,
         skip=skip,
+        lora=lora,
+        lora_rank=lora_rank,
     ).cook(progress)
 
 
