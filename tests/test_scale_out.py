@@ -1,10 +1,12 @@
 """`torchrun -m averaging.cli`: several processes cook one soup, and it is that of one process, byte for byte."""
 
+import json
 import os
 import socket
 import subprocess
 import sys
 
+import peft
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -13,12 +15,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from averaging import cli
 
 
-def launch(processes, *arguments, victim=None):
-    """Run the command in several processes: exit statuses, what they said. The last one runs the code ``victim``."""
+def launch(processes, *arguments, victim=None, code=None):
+    """Run the command or ``code`` in several processes, ``victim`` in the last one: exit statuses, what they said."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    commands = [["-m", "averaging.cli"]] * (processes - 1) + [["-c", victim] if victim else ["-m", "averaging.cli"]]
+    command = ["-c", code] if code else ["-m", "averaging.cli"]
+    commands = [command] * (processes - 1) + [["-c", victim] if victim else command]
     common = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
     ranks = [
         subprocess.Popen(
@@ -35,7 +38,7 @@ def launch(processes, *arguments, victim=None):
 
 
 def content(folder):
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @pytest.fixture(scope="module")
@@ -51,19 +54,59 @@ def models(tmp_path_factory):
     return [folder / f"m{i}" for i in range(4)]
 
 
-@pytest.mark.parametrize(
-    ("processes", "method"), [(2, []), (3, ["--method", "slerp"]), (2, ["--method", "model-stock", "--dtype", "fp32"])]
-)
-def test_processes_together_write_what_one_does(models, tmp_path, processes, method):
-    arguments = [*models[1:], *method, *(["--init", models[0]] if method else [])]
-    status, outs, errors = launch(processes, *arguments, "-o", tmp_path / "many")
-    assert status == [0] * processes, errors
-    assert outs[0].startswith(f"{tmp_path / 'many'}: ")
-    assert not any(outs[1:])
-    assert cli.main([*map(str, arguments), "-o", str(tmp_path / "one"), "-q"]) == 0
-    assert len(content(tmp_path / "one")) > 4
-    assert content(tmp_path / "many") == content(tmp_path / "one")
-    LlamaForCausalLM.from_pretrained(tmp_path / "many")
+ALL = """
+import json, sys
+from averaging import cli
+from averaging.soups.team import torchrun
+
+with torchrun() as team:
+    for words in json.loads(sys.argv[1]):
+        cli._run(cli.parser().parse_args([*words, "-q"]), team)
+"""
+METHODS = {
+    "weighted": ["m1", "m2", "m3", "--weights", "1,2,3"],
+    "window": ["m0", "m1", "m2", "m3", "--last", "2", "--every", "2", "--dtype", "fp32"],
+    "slerp": ["m1", "m2", "m3", "--method", "slerp", "--init", "m0"],
+    "model-stock": ["m1", "m2", "m3", "--method", "model-stock", "--init", "m0", "--dtype", "fp32"],
+    "task": ["m1", "m2", "--method", "task", "--init", "m0", "--weights=1,-0.5", "--skip", "layers.1"],
+    "fisher": ["m1", "m2", "--method", "fisher", "--weights", "1,2"],
+    "ema": ["m0", "m1", "m2", "m3", "--method", "ema", "--decay", "0.7"],
+    "wise-ft": ["m1", "--method", "wise-ft", "--init", "m0", "--alpha", "0.3"],
+    "warp": ["m1", "m2", "--method", "warp", "--init", "m0"],
+    "rewarded": ["m1", "m2", "--method", "rewarded"],
+    "range": ["m1", "m2", "--method", "warp", "--init", "m0", "--eta", "0,0.5"],
+    "layers": ["--recipe", "soup.yaml"],
+    "product": ["lora-1", "lora-2", "--lora", "product"],
+}
+
+
+@pytest.fixture
+def kitchen(models, monkeypatch):
+    """The folder of the models, with Fisher information, adapters and a recipe in it, as the current one."""
+    monkeypatch.chdir(models[0].parent)
+    for seed in (1, 2):
+        generator = torch.Generator().manual_seed(seed)
+        weights = LlamaForCausalLM.from_pretrained(f"m{seed}").named_parameters()
+        save_file({n: torch.rand(w.shape, generator=generator) for n, w in weights}, f"m{seed}/fisher.safetensors")
+        torch.manual_seed(seed)
+        config = peft.LoraConfig(r=seed + 1, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+        peft.get_peft_model(LlamaForCausalLM.from_pretrained("m0"), config).save_pretrained(f"lora-{seed}")
+    recipe = "method: slerp\ninit: m0\ningredients: [m1, m2]\nlayers: {mlp: {eta: 0.5}, embed: {weights: [3, 1]}}\n"
+    (models[0].parent / "soup.yaml").write_text(recipe)
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT's
+def test_processes_together_write_what_one_does(kitchen, tmp_path):
+    """Every method, in one launch."""
+    folders = {method: [*words, "-o", str(tmp_path / "many" / method)] for method, words in METHODS.items()}
+    status, _, errors = launch(3, json.dumps([*folders.values()]), code=ALL)
+    assert status == [0] * 3, errors
+    for method, words in METHODS.items():
+        one = tmp_path / "one" / method
+        assert cli.main([*words, "-o", str(one), "-q"]) == 0
+        assert len(content(one)) > 2
+        assert content(tmp_path / "many" / method) == content(one), method
+    LlamaForCausalLM.from_pretrained(tmp_path / "many" / "slerp")
 
 
 def test_torchrun_itself(models, tmp_path):
