@@ -11,7 +11,9 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO, cast, get_args
 
@@ -21,6 +23,7 @@ from averaging.text import size
 
 if TYPE_CHECKING:
     from averaging.checkpoints import Checkpoint
+    from averaging.recipe import Layer
     from averaging.soups.engine import Progress
     from averaging.soups.soup import Soup
     from averaging.soups.team import Team
@@ -530,11 +533,9 @@ def _along(options: argparse.Namespace, coefficient: str) -> tuple[str, list[Che
     """Method, ingredients, values of the coefficient, and the other arguments."""
     from averaging.checkpoints import gather, select
 
-    if options.layers:
-        raise ValueError(f"{options.recipe}: layers have no meaning for a range of --{coefficient}")
     method, own = _method(options)
     values = own.pop(ARGUMENTS.get(coefficient, coefficient))
-    own |= {name: getattr(options, name) for name in (*CHOICES, "force")}
+    own |= {name: getattr(options, name) for name in (*CHOICES, "force")} | {"layers": _layers(options, method)}
     return method, select(gather(options.paths), options.last, options.every), values, own
 
 
@@ -641,6 +642,7 @@ def _soup(options: argparse.Namespace) -> Soup:
     from averaging.soups.post_hoc import rebuilding
     from averaging.soups.rewarded import Rewarded
     from averaging.soups.slerp import Slerp
+    from averaging.soups.soup import layered
     from averaging.soups.task import Task
     from averaging.soups.uniform import Uniform
     from averaging.soups.warp import Warp
@@ -659,20 +661,18 @@ def _soup(options: argparse.Namespace) -> Soup:
     ingredients = select(gather(options.paths), options.last, options.every)
     soups = {"uniform": Uniform, "wise-ft": WiseFT, "task": Task, "slerp": Slerp, "model-stock": ModelStock, "ema": EMA}
     soups |= {"warp": Warp, "rewarded": Rewarded, "fisher": Fisher}
-    make = cast("Callable[..., Soup]", soups[method])
-    soup = make(ingredients, _output(options), **own, **choices)
+    make = partial(cast("Callable[..., Soup]", soups[method]), ingredients, **own, **choices)
+    return layered(make, _layers(options, method), output=_output(options))
+
+
+def _layers(options: argparse.Namespace, method: str) -> list[Layer]:
+    """The recipe's layers, with the method's arguments as their options."""
     for layer in options.layers:
         if wrong := layer.options.keys() - (set(METHODS[method]) - {"init", "fisher", "floor"}):
             raise ValueError(f"{layer.place}: {min(wrong)} is nothing that a layer can have of its own with {method}")
         if any(isinstance(layer.options.get(name), list) for name in COEFFICIENTS):
             raise ValueError(f"{layer.place}: a layer has one coefficient, not a range")
-        try:
-            soup.vary(layer.pattern, make(ingredients, **{**own, **_arguments(layer.options)}, **choices))
-        except ValueError as error:
-            raise ValueError(f"{layer.place}: {error}") from error
-    if options.layers:
-        soup.facts["layers"] = {layer.pattern: layer.options for layer in options.layers}
-    return soup
+    return [replace(layer, options=_arguments(layer.options)) for layer in options.layers]
 
 
 def _method(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:

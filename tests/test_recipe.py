@@ -135,6 +135,23 @@ def test_the_first_pattern_found_counts(family, tmp_path, soup):
     close(tmp_path / "out", {"layers.0.w": b["layers.0.w"], "layers.1.w": a["layers.1.w"]})
 
 
+@pytest.mark.parametrize("method", ["slerp", "wise-ft"])
+def test_layers_beside_a_range(family, tmp_path, soup, method):
+    """What the layers leave open takes each value of the range, also where the best is looked for."""
+    paths, name, own = ("[a, b]", "eta", "weights: [3, 1]") if method == "slerp" else ("[a]", "alpha", "alpha: 1")
+    text = f"method: {method}\ninit: base\ningredients: {paths}\nlayers: {{embed: {{{name}: 0}}, head: {{{own}}}}}\n"
+    file = recipe(tmp_path / "soup.yaml", text)
+    soup("--recipe", file, f"--{name}", "0.25,1", "-o", tmp_path / "range")
+    for value in ("0.25", "1"):
+        soup("--recipe", file, f"--{name}", value, "-o", tmp_path / value)
+        one, many = tmp_path / value, tmp_path / "range" / f"{name}-{value}"
+        assert (many / "model.safetensors").read_bytes() == (one / "model.safetensors").read_bytes()
+    close(one, {"embed.weight": family["base"]["embed.weight"]})
+    evaluation = ["--evaluate-command", "stat -c %s {checkpoint}/model.safetensors"]
+    soup("--recipe", file, f"--{name}", "0.25,0.25001", *evaluation, "-o", tmp_path / "best")
+    close(tmp_path / "best", {n: t.double().numpy() for n, t in load_file(tmp_path / "0.25/model.safetensors").items()})
+
+
 # ---------------------------------------------------------------------- from the record
 
 STAT = ["--evaluate-command", "stat -c %i {checkpoint}"]

@@ -24,7 +24,7 @@ from averaging.soups import plots
 from averaging.soups.evaluation import Best, Evaluate, Progress, check_best, evaluating
 from averaging.soups.rewarded import Rewarded
 from averaging.soups.slerp import Slerp
-from averaging.soups.soup import Options, PathLike, Paths, Products, Soup, cook_all, opened
+from averaging.soups.soup import Options, PathLike, Paths, Products, Soup, cook_all, layered, opened
 from averaging.soups.task import Task
 from averaging.soups.warp import Warp
 from averaging.soups.wise_ft import WiseFT
@@ -33,6 +33,7 @@ from averaging.text import aligned
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from averaging.recipe import Layer
     from averaging.soups.engine import Progress as Bytes
 
 METHODS: dict[str, tuple[Callable[..., Soup], str, str, tuple[str, ...]]] = {
@@ -91,6 +92,7 @@ def curve(
     *,
     init: PathLike | None = None,
     weights: Sequence[float] | None = None,
+    layers: Sequence[Layer] = (),
     best: Best = "min",
     metric: str | None = None,
     cache: str | os.PathLike[str] | None = None,
@@ -115,6 +117,7 @@ def curve(
             opens with ``from_pretrained`` where those of the ingredients do; returns the metric, or several by name.
         output: where the best is written, with the metrics beside it as ``NAME.curve.csv``. ``None``: nothing is.
         init, weights: as in the method's function.
+        layers: where tensors have arguments of their own, as in `averaging.soups.soup.layered`.
         best: whether the lowest or the highest metric is best.
         metric: which one, if ``evaluate`` returns several; needed to write the best.
         cache: as in `averaging.soups.greedy`.
@@ -130,7 +133,7 @@ def curve(
         FileExistsError: an output exists and ``force`` is off.
     """
     check_best(best)
-    family = Family(method, paths, values, init=init, weights=weights, **options)
+    family = Family(method, paths, values, init=init, weights=weights, layers=layers, **options)
     force = bool(options.get("force"))
     table = None if output is None else Path(f"{Path(output)}.curve.csv")
     plots.check_plot(plot, output, force)
@@ -212,6 +215,7 @@ class Family:
         *,
         init: PathLike | None = None,
         weights: Sequence[float] | None = None,
+        layers: Sequence[Layer] = (),
         **options: Unpack[Options],
     ) -> None:
         if method not in METHODS:
@@ -224,7 +228,7 @@ class Family:
             raise ValueError(f"{method} needs init, the model that the others were fine-tuned from")
         if isinstance(init, str | os.PathLike):
             own["init"] = Checkpoint(init)
-        self._make = partial(kind, opened(paths), **own, **options)
+        self._make, self._layers = partial(kind, opened(paths), **own, **options), layers
         self._products: Products | None = None
         self.values = [float(value) for value in values]
         if not values or len(set(map(self.folder, self.values))) < len(self.values):
@@ -238,7 +242,7 @@ class Family:
 
     def make(self, value: float, **place: Any) -> Soup:
         """The soup with this value; ``place`` is its output and force."""
-        soup = self._make(**{self.argument: value, **place})
+        soup = layered(partial(self._make, **{self.argument: value}), self._layers, **place)
         soup.products = self._products
         return soup
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from averaging.recipe import Layer
     from averaging.soups.engine import Mixer, Progress, Sink
 
 PathLike = str | os.PathLike[str] | Checkpoint
@@ -388,6 +389,25 @@ def cook_all(
                 writing.finish(soup.record(own, checksums))
     team.gather(lambda: None)  # nobody is done before all is in its place
     return [Checkpoint(output.path) for output in outputs]
+
+
+def layered(make: Callable[..., Soup], layers: Sequence[Layer], **place: Any) -> Soup:
+    """The soup that ``make`` gives, with the layers' own options where their patterns are found in tensors' names.
+
+    Args:
+        make: takes a method's arguments and gives the soup.
+        layers: a recipe's, with the method's arguments as options.
+        place: the output and ``force``.
+    """
+    soup = make(**place)
+    for layer in layers:
+        try:
+            soup.vary(layer.pattern, make(**layer.options))
+        except ValueError as error:
+            raise ValueError(f"{layer.place}: {error}") from error
+    if layers:
+        soup.facts["layers"] = {layer.pattern: layer.options for layer in layers}
+    return soup
 
 
 def opened(paths: Paths) -> list[Checkpoint]:
