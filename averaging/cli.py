@@ -90,7 +90,7 @@ class _Parser(argparse.ArgumentParser):
     """A parser whose errors are a single line, as all others of the command."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {_shown(message)}\n")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -338,7 +338,7 @@ def _inspect(options: argparse.Namespace) -> None:
             settings["points"] = options.points
         with _counter(hidden=options.quiet) as progress:
             found += f"\n\n{connectivity(options.paths, **settings, **which, progress=progress)}"
-    print(found)
+    _print(found)
 
 
 def _run(options: argparse.Namespace, team: Team) -> None:
@@ -373,7 +373,7 @@ def _run(options: argparse.Namespace, team: Team) -> None:
     team.gather(make)
     if options.dry_run:
         if team.rank == 0:
-            print("\n".join(map(_describe, soups)))
+            _print("\n".join(map(_describe, soups)))
         return
     with _bar(hidden=options.quiet or team.rank > 0) as progress:
         cook_all(soups, progress, team)
@@ -384,7 +384,7 @@ def _run(options: argparse.Namespace, team: Team) -> None:
             what = "average" if soup.method == "uniform" else soup.method
             count = len(soup.ingredients) - (soup.init is not None)
             lost = "" if soup.adapters is None else f", relative error {soup.facts['error']:.2g}"
-            print(f"{soup.output.path}: {what} of {count}{lost}, {size(soup.output.nbytes)}, {seconds:.1f} s")
+            _print(f"{soup.output.path}: {what} of {count}{lost}, {size(soup.output.nbytes)}, {seconds:.1f} s")
 
 
 def _sweep(options: argparse.Namespace) -> None:
@@ -406,8 +406,8 @@ def _sweep(options: argparse.Namespace) -> None:
     output = _output(options)
     if options.dry_run:
         plans = plan(paths, axes, options.at, **choices)
-        print("\n".join(f"{label(each.setting)} at step {each.step}" for each in plans))
-        print(f"{len(plans)} averages to evaluate; the best to {output}")
+        _print("\n".join(f"{label(each.setting)} at step {each.step}" for each in plans))
+        _print(f"{len(plans)} averages to evaluate; the best to {output}")
         return
     with _counter(hidden=options.quiet) as progress:
         result = sweep(
@@ -422,9 +422,9 @@ def _sweep(options: argparse.Namespace) -> None:
             **choices,
         )
     if not options.quiet:
-        print(result.table())
+        _print(result.table())
         best, seconds = result.best, time.monotonic() - began
-        print(f"{output}: {best.label} at step {best.step}, best of {len(result.cells)}, {seconds:.1f} s")
+        _print(f"{output}: {best.label} at step {best.step}, best of {len(result.cells)}, {seconds:.1f} s")
 
 
 def _search(options: argparse.Namespace) -> None:
@@ -439,8 +439,8 @@ def _search(options: argparse.Namespace) -> None:
     evaluating = (_losing if options.method == "learned" else _evaluating)(options, method)
     models, output = select(gather(options.paths), options.last, options.every), _output(options)
     if options.dry_run:
-        print("\n".join(f"{model.path} ({size(model.nbytes)})" for model in models))
-        print(f"{len(models)} checkpoints to evaluate, and soups of them; the best to {output}")
+        _print("\n".join(f"{model.path} ({size(model.nbytes)})" for model in models))
+        _print(f"{len(models)} checkpoints to evaluate, and soups of them; the best to {output}")
         return
     choices: Any = {name: getattr(options, name) for name in (*CHOICES, "force")}
     own = {name: value for name in METHODS[options.method] if (value := getattr(options, name)) is not None}
@@ -458,14 +458,14 @@ def _search(options: argparse.Namespace) -> None:
             methods: Any = {"greedy": greedy, "learned": learned, "search": search}
             result = methods[options.method](models, plot=_plot(options, output, options.method), **settings, **own)
     if not options.quiet:
-        print(result.table())
+        _print(result.table())
         seconds = time.monotonic() - began
         if options.method in ("learned", "search"):
             what, metric = f"{options.method} soup of {len(models)}, best of {len(result.tried)}", result.best.metric
         else:
             what = f"{options.method} soup of {sum(one.kept for one in result.tried)} out of {len(models)}"
             metric = result.metric
-        print(f"{output}: {what}, {metric:.6g}, {seconds:.1f} s")
+        _print(f"{output}: {what}, {metric:.6g}, {seconds:.1f} s")
 
 
 def _cocktail(options: argparse.Namespace) -> None:
@@ -483,8 +483,8 @@ def _cocktail(options: argparse.Namespace) -> None:
     evaluating = _evaluating(options, f"--method {method}")
     models, output = select(gather(options.paths), options.last, options.every), _output(options)
     if options.dry_run:
-        print("\n".join(f"{model.path} ({size(model.nbytes)})" for model in models))
-        print(f"{len(models)} checkpoints to evaluate; the soup of them to {output}")
+        _print("\n".join(f"{model.path} ({size(model.nbytes)})" for model in models))
+        _print(f"{len(models)} checkpoints to evaluate; the soup of them to {output}")
         return
     choices: Any = {name: getattr(options, name) for name in (*CHOICES, "force")}
     choices |= evaluating(output)
@@ -493,8 +493,8 @@ def _cocktail(options: argparse.Namespace) -> None:
     with _counter(hidden=options.quiet) as progress:
         result = lm_cocktail(models, output=output, progress=progress, **own, **choices)
     if not options.quiet:
-        print(result.table())
-        print(f"{output}: {method} of {len(result.models)}, {time.monotonic() - began:.1f} s")
+        _print(result.table())
+        _print(f"{output}: {method} of {len(result.models)}, {time.monotonic() - began:.1f} s")
 
 
 def _series(options: argparse.Namespace, coefficient: str) -> list[Soup]:
@@ -516,17 +516,17 @@ def _curve(options: argparse.Namespace, coefficient: str) -> None:
     plot = _plot(options, output, "curve")
     if options.dry_run:
         planned = Family(method, paths, values, **settings).values
-        print(f"{coefficient} {', '.join(f'{value:.10g}' for value in planned)}")
-        print(f"{len(values)} soups to evaluate" + (f"; the best to {output}" if output else ""))
+        _print(f"{coefficient} {', '.join(f'{value:.10g}' for value in planned)}")
+        _print(f"{len(values)} soups to evaluate" + (f"; the best to {output}" if output else ""))
         return
     with _counter(hidden=options.quiet) as progress:
         settings |= {"output": output, "plot": plot, "progress": progress, **evaluating(output)}
         result = curve(method, paths, values, **settings)
     if not options.quiet:
-        print(result.table())
+        _print(result.table())
         if output is not None and result.best is not None:
             best, seconds = f"{coefficient} {result.best.value:.10g}", time.monotonic() - began
-            print(f"{output}: {best}, best of {len(values)}, {seconds:.1f} s")
+            _print(f"{output}: {best}, best of {len(values)}, {seconds:.1f} s")
 
 
 def _along(options: argparse.Namespace, coefficient: str) -> tuple[str, list[Checkpoint], list[float], dict[str, Any]]:
@@ -780,7 +780,8 @@ def _values(text: str) -> float | list[float]:
         if ":" not in text:
             numbers = _numbers(text)
             return numbers if len(numbers) > 1 else numbers[0]
-        begin, end, step = map(Fraction, text.split(":"))
+        # By way of floats, as a fraction takes all memory for the digits of 1e999999999.
+        begin, end, step = (Fraction(repr(float(number))) for number in text.split(":"))
         if not (begin <= end and step > 0):
             raise ValueError
     except (ValueError, ZeroDivisionError, argparse.ArgumentTypeError):
@@ -803,9 +804,23 @@ def _explain(error: BaseException) -> str:
 
 
 def _say(message: str) -> None:
-    # Names of files may hold line breaks and what a terminal takes for commands; and a name may have any length.
-    shown = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in message[:LONGEST])
-    print(f"soup: {shown}{'...' if len(message) > LONGEST else ''}", file=sys.stderr)
+    print(f"soup: {_shown(message)}", file=sys.stderr)
+
+
+def _shown(message: str) -> str:
+    """A message as a line: names may hold line breaks and what a terminal takes for commands, and be of any length."""
+    return _escaped(message[:LONGEST]) + ("..." if len(message) > LONGEST else "")
+
+
+def _escaped(text: str) -> str:
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+
+
+def _print(text: str) -> None:
+    """Print lines in which names may hold anything, as far as the terminal has the letters for them."""
+    encoding = sys.stdout.encoding or "utf-8"
+    shown = "\n".join(map(_escaped, text.split("\n")))
+    print(shown.encode(encoding, "backslashreplace").decode(encoding))
 
 
 @contextlib.contextmanager

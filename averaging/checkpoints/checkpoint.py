@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from averaging.checkpoints.distributed import METADATA_FILE, read_distributed
-from averaging.checkpoints.files import Entry, Header, opening, read_header, read_json
+from averaging.checkpoints.files import Entry, Header, open_regular, opening, read_header, read_json
 from averaging.checkpoints.pickled import Pickled, read_pickled, read_step
 
 if TYPE_CHECKING:
@@ -35,6 +35,9 @@ DEEPSPEED_LATEST = "latest"
 DEEPSPEED_FILE = "mp_rank_00_model_states.pt"
 DEEPSPEED_FILES = "*_model_states.pt"
 TORCH_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
+# What the Hub's cache calls a version of a model; and the bytes of a file that names one, or DeepSpeed's folder.
+_COMMIT = "[0-9a-f]{40}"
+LONGEST_REF = 1000
 
 TITLES: dict[Kind, str] = {
     "huggingface": "Hugging Face model folder",
@@ -187,6 +190,12 @@ class Checkpoint(Mapping[str, "Tensor"]):
                 f"{self.path} holds the weights in DeepSpeed's partitions; put them together first, and average what "
                 f"comes out: {shlex.join(['python', *command, str(given), str(out), '-t', folder.name])}"
             )
+        if folder != self.path:
+            latest = self.path / DEEPSPEED_LATEST
+            with open(open_regular(latest), "rb") as file:
+                tag = file.read(LONGEST_REF).decode(errors="replace").strip()
+            if tag != folder.name:
+                raise ValueError(f"{latest} names {tag!r}, but only {folder.name} is there; copy the folder again")
         # Of ZeRO-1 and ZeRO-2: the weights as they are computed with.
         self.kind = "torch"
         self.step = self._add_pickled(folder / DEEPSPEED_FILE).step
@@ -250,18 +259,26 @@ def _in_the_hubs_cache(path: Path) -> Path:
     if found is None or os.path.lexists(path) or path.suffix in (".safetensors", *TORCH_SUFFIXES):
         return path
     try:
-        from huggingface_hub import snapshot_download
+        from huggingface_hub.constants import HF_HUB_CACHE
     except ImportError:
         return path
     model, revision = found["model"], found["revision"]
-    try:
-        return Path(snapshot_download(model, revision=revision, local_files_only=True))
-    except (OSError, ValueError) as error:
-        command = ["hf", "download", model, *(["--revision", revision] if revision else [])]
-        raise FileNotFoundError(
-            f"no such file or directory: {path}; if it is a model of the Hugging Face Hub, it has not been downloaded "
-            f"yet: {shlex.join(command)}"
-        ) from error
+    folder = Path(HF_HUB_CACHE, f"models--{model.replace('/', '--')}")
+    ref = folder / "refs" / (revision or "main")
+    commit = revision or ""
+    # Looked up here, as huggingface_hub would wait for a pipe, and follow what climbs out of its cache.
+    if ref.exists() and ".." not in commit.split("/"):
+        with open(open_regular(ref), "rb") as file:
+            commit = file.read(LONGEST_REF).decode(errors="replace").strip()
+        if not re.fullmatch(_COMMIT, commit):
+            raise ValueError(f"{ref} holds {commit!r}, which is no commit; download the model again")
+    if re.fullmatch(_COMMIT, commit) and (folder / "snapshots" / commit).is_dir():
+        return folder / "snapshots" / commit
+    command = ["hf", "download", model, *(["--revision", revision] if revision else [])]
+    raise FileNotFoundError(
+        f"no such file or directory: {path}; if it is a model of the Hugging Face Hub, it has not been downloaded "
+        f"yet: {shlex.join(command)}"
+    )
 
 
 def weight_files(folder: Path) -> set[str]:

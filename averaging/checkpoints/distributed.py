@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import io
 import os
+import pickle
 import re
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import product
 from math import prod
 from pathlib import Path
+from reprlib import repr  # of limited length and depth: what a pickle holds may be shown without end
 from typing import Any, ClassVar
 
-from averaging.checkpoints.files import BITS, Pieces, Strip, open_regular
+from averaging.checkpoints.files import BITS, MAX_DIMENSIONS, Pieces, Slice, Strip, is_unicode, open_regular
 from averaging.unpickling import InertUnpickler
 
 METADATA_FILE = ".metadata"
@@ -26,6 +28,9 @@ METADATA_FILE = ".metadata"
 CONTAINERS = ("model", "state_dict", "model_state_dict", "module")
 _OPTIMIZER = re.compile(r"optim")
 MAX_STRIPS = 1_000_000  # of one piece
+# What no checkpoint needs, but takes memory or time without end: bytes of metadata, of what describes a record, values
+# in a tuple, and pieces side by side.
+MAX_METADATA, MAX_DESCRIPTION, MAX_TUPLE, MAX_ABREAST = 1 << 30, 1 << 17, 200, 1000
 
 
 class _Noted:
@@ -71,7 +76,38 @@ class _Properties(_Noted):
     pass
 
 
+def _bounded(load: Callable[[Any], None]) -> Callable[[Any], None]:
+    """Makes a tuple as ``load`` does, but none of which the hash would take time without end."""
+
+    def bounded(unpickler: Any) -> None:
+        load(unpickler)
+        made = unpickler.stack[-1]
+        inside = [value for value in made if isinstance(value, tuple)]
+        if len(made) + sum(map(len, inside)) > MAX_TUPLE or any(isinstance(v, tuple) for one in inside for v in one):
+            raise pickle.UnpicklingError("it holds tuples in tuples without end")
+
+    return bounded
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise pickle.UnpicklingError("it holds another value where text belongs")
+    return value
+
+
+def _size(values: Any = ()) -> tuple[int, ...]:
+    if not isinstance(values, Sequence) or not _counts(values):
+        raise pickle.UnpicklingError("it holds an impossible shape")
+    return tuple(values)
+
+
 class _Unpickler(InertUnpickler):
+    dispatch: ClassVar[dict[int, Any]] = {
+        code: _bounded(load) if code in b"t\x85\x86\x87" else load
+        for code, load in InertUnpickler.dispatch.items()
+        if code not in pickle.LONG4  # numbers that take time without end to be shown
+    }
+
     def unknown(self, name: str) -> Any:
         dtype = re.fullmatch(r"torch\.((bool|u?int|float|bfloat|complex|bits|q)\w*)", name)
         return dtype[1] if dtype else super().unknown(name)
@@ -88,8 +124,8 @@ class _MetadataUnpickler(_Unpickler):
         "torch.distributed.checkpoint.metadata.StorageMeta": _Noted,
         "torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING": int,
         "torch.distributed.checkpoint.filesystem._StorageInfo": _Place,
-        "torch.serialization._get_layout": str,
-        "torch.Size": tuple,
+        "torch.serialization._get_layout": _text,
+        "torch.Size": _size,
         "collections.OrderedDict": dict,
         **{f"{module}.{kind}": _Noted for module in ("pathlib", "pathlib._local") for kind in ("Path", "PosixPath")},
     }
@@ -117,31 +153,6 @@ class _RecordUnpickler(_Unpickler):
     }
 
 
-class _Slice(io.RawIOBase):
-    """Part of a file."""
-
-    def __init__(self, descriptor: int, start: int, length: int) -> None:
-        self._descriptor, self._start, self._length, self._at = descriptor, start, length, 0
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self._at = offset + (0, self._at, self._length)[whence]
-        if self._at < 0:
-            raise OSError("before the start")
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def read(self, size: int = -1) -> bytes:
-        left = max(self._length - self._at, 0)
-        data = os.pread(self._descriptor, left if size < 0 else min(size, left), self._start + self._at)
-        self._at += len(data)
-        return data
-
-
 def read_distributed(folder: Path) -> dict[str, Pieces]:
     """The model's tensors in a torch distributed checkpoint; the optimizer's are left out.
 
@@ -153,6 +164,8 @@ def read_distributed(folder: Path) -> dict[str, Pieces]:
     path = folder / METADATA_FILE
     with open(open_regular(path), "rb") as file:
         try:
+            if (size := os.fstat(file.fileno()).st_size) > MAX_METADATA:
+                raise ValueError(f"it has {size} bytes")
             metadata = _MetadataUnpickler(file).load()
         except Exception as error:  # a damaged pickle raises about everything
             raise ValueError(f"{path} cannot be read: {error or type(error).__name__}") from error
@@ -195,6 +208,8 @@ def _names(path: Path, described: dict[str, Any], paths: Any) -> dict[str, str]:
     """Each of the model's tensors: its name → what it is called in the checkpoint."""
     tensors = [fqn for fqn, one in described.items() if isinstance(one, _Tensor)]
     if isinstance(paths, dict) and all(isinstance(paths.get(fqn), tuple) and paths[fqn] for fqn in tensors):
+        if not all(isinstance(part, str | int) for fqn in tensors for part in paths[fqn]):
+            raise TypeError("a name that is no text")
         inside = {fqn: tuple(map(str, paths[fqn])) for fqn in tensors}
     else:  # no more than the joined names is known
         containers = sorted({f"{outer}{name}" for outer in ("", "app.") for name in CONTAINERS}, key=len)
@@ -236,11 +251,15 @@ class _Described:
 
     def __init__(self, path: Path, name: str, fqn: str, said: Any, where: dict[Any, Any]) -> None:
         self.path, self.name = path, name
+        self._demand(is_unicode(name), "has a name that is not Unicode")
         properties = said.state["properties"].state
         self.dtype, layout = properties[0], properties[1]
-        self._demand(layout == "torch.strided" and self.dtype in BITS, f"({self.dtype}, {layout}) cannot be averaged")
+        plain = layout == "torch.strided" and self.dtype in BITS
+        self._demand(plain, f"({repr(self.dtype)}, {repr(layout)}) cannot be averaged")
         self.shape = tuple(said.state["size"])
-        self._demand(_counts(self.shape), f"has the impossible shape {list(self.shape)}")
+        possible = _counts(self.shape) and len(self.shape) <= MAX_DIMENSIONS
+        possible = possible and prod(filter(None, self.shape)) < 1 << 63
+        self._demand(possible, f"has the impossible shape {repr(list(self.shape))}")
         self.nbytes = prod(self.shape) * BITS[self.dtype] // 8
         self.pieces: list[_Piece] = []
         for chunk in said.state["chunks"]:
@@ -249,7 +268,8 @@ class _Described:
                 o + s <= n or s == 0 for o, s, n in zip(offsets, sizes, self.shape, strict=True)
             )
             self._demand(
-                inside, f"has a piece of {list(sizes)} at {list(offsets)}, which is outside {list(self.shape)}"
+                inside,
+                f"has a piece of {repr(list(sizes))} at {repr(list(offsets))}, which is outside {list(self.shape)}",
             )
             if prod(sizes) == 0:
                 continue
@@ -258,11 +278,14 @@ class _Described:
             file, start, length = place["relative_path"], place["offset"], place["length"]
             # By the name alone, as for the shards of an index.
             plain = isinstance(file, str) and file not in ("", ".", "..") and not set(file) & {"/", "\\", "\0"}
-            self._demand(plain, f"has a piece in {file!r}: pieces must lie in the metadata's own folder")
-            self._demand(_counts((start, length)), f"has a piece at the impossible bytes {start}, {length}")
+            self._demand(plain, f"has a piece in {repr(file)}: pieces must lie in the metadata's own folder")
+            possible = _counts((start, length)) and max(start, length) < 1 << 63
+            self._demand(possible, f"has a piece at the impossible bytes {repr(start)}, {repr(length)}")
             self._demand(not place.get("transform_descriptors"), "is compressed; save it without transformations")
             self.pieces.append(_Piece(offsets, sizes, file, start, length))
-        self._demand(_tile(self.shape, self.pieces), "has pieces that overlap, or some are missing")
+        self._demand(
+            _tile(self.shape, self.pieces), "has pieces that overlap, or some are missing, or they are too many"
+        )
 
     def _demand(self, condition: bool, problem: str) -> None:
         if not condition:
@@ -272,7 +295,9 @@ class _Described:
         """Where the bytes of a piece lie in its file."""
         whole = piece.start + piece.length <= os.fstat(descriptor).st_size
         try:
-            dtype, offset, sizes, strides, start, length = _record(_Slice(descriptor, piece.start, piece.length))
+            dtype, offset, sizes, strides, start, length = _record(
+                Slice(descriptor, piece.start, piece.length, MAX_DESCRIPTION)
+            )
         except Exception as error:  # a damaged archive or pickle raises about everything
             problem = str(error) or type(error).__name__ if whole else "the file was cut off"
             raise ValueError(
@@ -309,7 +334,7 @@ class _Described:
         ]
 
 
-def _record(file: _Slice) -> tuple[str, int, tuple[int, ...], tuple[int, ...], int, int]:
+def _record(file: Slice) -> tuple[str, int, tuple[int, ...], tuple[int, ...], int, int]:
     """A tensor that ``torch.save`` wrote: dtype, offset, sizes and strides in its storage; the storage's place."""
     with zipfile.ZipFile(file) as archive:
         records = {record.filename.partition("/")[2]: record for record in archive.infolist()}
@@ -321,7 +346,7 @@ def _record(file: _Slice) -> tuple[str, int, tuple[int, ...], tuple[int, ...], i
     if not isinstance(tensor, _Noted):
         raise ValueError("it holds no tensor")
     (_, dtype, key, _, _), offset, sizes, strides = tensor.args[:4]
-    data = records[f"data/{key}"]
+    data = records[f"data/{_text(key)}"]
     file.seek(data.header_offset + 26)
     lengths = file.read(4)
     start = data.header_offset + 30 + sum(int.from_bytes(lengths[i : i + 2], "little") for i in (0, 2))
@@ -343,7 +368,7 @@ def _tile(shape: Sequence[int], pieces: Sequence[_Piece]) -> bool:
     near: list[_Piece] = []
     for piece in sorted(pieces, key=lambda piece: piece.offsets[dim]):
         near = [other for other in near if other.offsets[dim] + other.sizes[dim] > piece.offsets[dim]]
-        if any(_overlap(piece, other) for other in near):
+        if len(near) > MAX_ABREAST or any(_overlap(piece, other) for other in near):
             return False
         near.append(piece)
     return True

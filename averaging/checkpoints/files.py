@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import resource
@@ -13,6 +14,7 @@ from itertools import chain
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+from zipfile import BadZipFile
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -156,6 +158,36 @@ def open_regular(path: Path) -> int:
         os.close(descriptor)
         raise ValueError(f"{path} is not a regular file")
     return descriptor
+
+
+class Slice(io.RawIOBase):
+    """``length`` bytes of a file from ``start`` on, an archive; asked for more than ``limit`` at once it is none."""
+
+    def __init__(self, descriptor: int, start: int, length: int, limit: int) -> None:
+        self._descriptor, self._start, self._length, self._limit, self._at = descriptor, start, length, limit, 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = offset + (0, self._at, self._length)[whence]
+        if self._at < 0:
+            raise OSError("before the start")
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def read(self, size: int = -1) -> bytes:
+        left = max(self._length - self._at, 0)
+        size = left if size < 0 else min(size, left)
+        if size > self._limit:
+            raise BadZipFile(f"it takes {size:,} bytes to say where the numbers are")
+        if size == 0:  # wherever that is
+            return b""
+        data = os.pread(self._descriptor, size, self._start + self._at)
+        self._at += len(data)
+        return data
 
 
 def read_into(descriptor: int, buffer: memoryview, offset: int, file: Path) -> None:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from averaging.checkpoints.files import CODE, Entry, is_unicode, open_regular, read_into
+from averaging.checkpoints.files import CODE, MAX_HEADER, Entry, Slice, is_unicode, open_regular, read_into
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -188,25 +188,30 @@ def _records(path: Path) -> dict[int, int] | None:
             for _ in range(4):  # version, system, content, names of storages
                 _check_tuples(path, file)
             return None
-    records = {}
+    records, pickles = {}, 0
     try:
-        with zipfile.ZipFile(path) as archive, open(open_regular(path), "rb") as file:
+        with open(open_regular(path), "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            archive = zipfile.ZipFile(Slice(file.fileno(), 0, size, MAX_HEADER))
             for record in archive.infolist():
                 if record.compress_type != zipfile.ZIP_STORED or record.compress_size != record.file_size:
                     raise ValueError(
                         f"{path} is a compressed archive, which torch never writes; save it with torch.save"
                     )
-                if record.header_offset < 0:
-                    raise zipfile.BadZipFile("it begins before its start")
+                if not 0 <= record.header_offset < size:
+                    raise zipfile.BadZipFile("a record lies outside")
                 file.seek(record.header_offset + 26)
                 lengths = file.read(4)
                 start = record.header_offset + 30 + sum(int.from_bytes(lengths[i : i + 2], "little") for i in (0, 2))
                 records[start] = record.file_size
-                if Path(record.filename).name == "byteorder" and archive.read(record) != b"little":
+                name = Path(record.filename).name
+                if name == "byteorder" and archive.open(record).read(10) != b"little":
                     raise ValueError(f"{path} was written on a big-endian machine; save it again on this one")
-                if record.filename.endswith("data.pkl"):
+                if name == "data.pkl":
+                    if pickles:
+                        raise zipfile.BadZipFile("it holds two pickles")
+                    pickles += 1
                     _check_tuples(path, io.BytesIO(archive.read(record)))
-            size = os.fstat(file.fileno()).st_size
     except (zipfile.BadZipFile, struct.error, EOFError, NotImplementedError, RuntimeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a whole torch file ({error}); copy or save it again") from error
     if any(start + length > size for start, length in records.items()):

@@ -25,6 +25,7 @@ from averaging.checkpoints.files import nbytes
 if TYPE_CHECKING:
     from torch import Tensor
 
+MAX_MATCHING = 10**8  # steps that a pattern in an adapter's configuration may take
 # How a module's factors are called: those of an embedding have names of their own.
 FACTORS = ((".lora_A.weight", ".lora_B.weight"), (".lora_embedding_A", ".lora_embedding_B"))
 BIAS = ".lora_B.bias"
@@ -83,10 +84,14 @@ class Adapters:
         self.ranks: dict[str, int] = {}
         shapes = {}
         for module, names in self.modules.items():
-            held = [self._pair(adapter, names) for adapter in adapters if self._has(adapter, names)]
-            for a, b in held:
+            holding = [adapter for adapter in adapters if self._has(adapter, names)]
+            held = [self._pair(adapter, module, names) for adapter in holding]
+            for adapter, (a, b) in zip(holding, held, strict=True):
                 if (a[1:], b[:1], b[2:]) != (held[0][0][1:], held[0][1][:1], held[0][1][2:]):
-                    raise ValueError(f"the factors of {module!r} are of different shapes: the base models differ")
+                    raise ValueError(
+                        f"the factors of {module!r} in {holding[0].path} and {adapter.path} are of different shapes: "
+                        "the base models differ"
+                    )
             self.ranks[module] = rank or max(a[0] for a, _ in held)
             (a, b), r = held[0], self.ranks[module]
             shapes[names[0]], shapes[names[1]] = (r, *a[1:]), (b[0], r, *b[2:])
@@ -146,10 +151,14 @@ class Adapters:
         return all(held)
 
     @staticmethod
-    def _pair(adapter: Checkpoint, names: tuple[str, str]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def _pair(adapter: Checkpoint, module: str, names: tuple[str, str]) -> tuple[tuple[int, ...], tuple[int, ...]]:
         a, b = (adapter.entries[name].shape for name in names)
         if len(a) < 2 or len(b) < 2 or a[0] != b[1] or not a[0] or math.prod(b[2:]) != 1:
             raise ValueError(f"{adapter.path}: {names[0]!r} {list(a)} and {names[1]!r} {list(b)} are no factors")
+        if (said := _setting(adapter, module, "r", "rank_pattern")) != a[0]:
+            raise ValueError(
+                f"{adapter.path / ADAPTER_CONFIG} says that the rank is {said:g}, but {names[0]!r} is {list(a)}"
+            )
         return a, b
 
     def combined(
@@ -265,15 +274,33 @@ def _comparable(value: Any) -> Any:
 
 def _scaling(adapter: Checkpoint, module: str, rank: int) -> float:
     """What multiplies B A: alpha / r, or alpha / √r of rsLoRA (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732)."""
-    config = adapter.config or {}
-    patterns: dict[str, Any] = config.get("alpha_pattern") or {}
+    alpha = _setting(adapter, module, "lora_alpha", "alpha_pattern")
+    return alpha / (math.sqrt(rank) if (adapter.config or {}).get("use_rslora") else rank)
+
+
+def _setting(adapter: Checkpoint, module: str, key: str, patterns: str) -> float:
+    """The number that an adapter's configuration gives for a module under ``key``, or by its name in ``patterns``."""
+    config, name = adapter.config or {}, _inner(module)
     try:
         found: Iterable[Any] = (
-            alpha for key, alpha in patterns.items() if re.match(rf"(.*\.)?({key})$", _inner(module))
+            value for pattern, value in (config.get(patterns) or {}).items() if _fits(pattern, name)
         )
-        alpha = float(next(iter(found), config["lora_alpha"]))
-    except (re.error, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{adapter.path / ADAPTER_CONFIG} does not say what alpha is ({error!r})") from error
-    if not math.isfinite(alpha):
-        raise ValueError(f"{adapter.path / ADAPTER_CONFIG} says that alpha is {alpha}")
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        value = float(next(iter(found), config[key]))
+    except (re.error, KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
+        raise ValueError(f"{adapter.path / ADAPTER_CONFIG} does not say what {key} is ({error!r})") from error
+    if not math.isfinite(value):
+        raise ValueError(f"{adapter.path / ADAPTER_CONFIG} says that {key} is {value}")
+    return value
+
+
+def _fits(pattern: str, name: str) -> bool:
+    """Whether PEFT would take the pattern for that of this module.
+
+    Raises:
+        ValueError: that might take time without end.
+    """
+    repetitions, choices = (len(re.findall(each, pattern)) for each in (r"[*+{]", r"[|?]"))
+    repeated = re.search(r"\)[*+{]", pattern) or repetitions + choices > 30
+    if repeated or (len(name) + 1) ** (repetitions + 1) * 2**choices > MAX_MATCHING:
+        raise ValueError(f"the pattern {pattern!r} may take forever")
+    return re.match(rf"(.*\.)?({pattern})$", name) is not None
