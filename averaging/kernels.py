@@ -14,16 +14,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-try:
-    from averaging import _kernels
-except ImportError:  # no compiler when the package was installed
-    _kernels = None  # type: ignore[assignment]
+from averaging import compiled
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-# What _kernels.c computes with, and its numbers for them.
-COMPILED = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.float64: 3}
+COMPILED = {getattr(torch, name): code for name, code in compiled.CODES.items()}
 
 # Elements handled at a time on the CPU: large enough to outweigh the cost of calling an operation, small
 # enough for the float64 sum and one converted operand to stay in the cache.
@@ -284,9 +280,9 @@ def combine(
         with mode():
             alike = all(t.dtype is blocks[0].dtype for t in blocks)  # BEMA's EMA is wider than what it is combined with
             tensors = (*blocks, out)
-            if _kernels and alike and all(t.dtype in COMPILED and t.device.type == "cpu" for t in tensors):
+            if compiled.kernels and alike and all(t.dtype in COMPILED and t.device.type == "cpu" for t in tensors):
                 source, target = COMPILED[blocks[0].dtype], COMPILED[out.dtype]
-                _kernels.combine([*map(_memory, blocks)], source, coefficients, divisor, _memory(out), target)
+                compiled.kernels.combine([*map(_memory, blocks)], source, coefficients, divisor, _memory(out), target)
                 return
             combiners.__dict__.setdefault("own", Combiner())(blocks, out, coefficients, divisor)
 

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from averaging import cli, kernels
+from averaging import cli, compiled, kernels
 from averaging.checkpoints import Checkpoint
 from averaging.soups import arithmetic, engine, uniform
 
@@ -61,9 +61,8 @@ def small_pieces(monkeypatch):
 def both(request, monkeypatch):
     """Once with the compiled kernels and once as where they could not be built."""
     if request.param == "torch":
-        monkeypatch.setattr(arithmetic, "_kernels", None)
-        monkeypatch.setattr(kernels, "_kernels", None)
-    elif arithmetic._kernels is None:
+        monkeypatch.setattr(compiled, "kernels", None)
+    elif compiled.kernels is None:
         pytest.skip("built without a compiler")
 
 
@@ -346,7 +345,7 @@ def test_a_dry_run_writes_nothing_and_needs_no_torch(run, tmp_path):
     assert "tokenizer.json (copied)" in done.stdout
 
 
-@pytest.mark.skipif(arithmetic._kernels is None, reason="built without a compiler")
+@pytest.mark.skipif(compiled.kernels is None, reason="built without a compiler")
 @pytest.mark.parametrize("arguments", [[], ["--method", "slerp"], ["--method", "model-stock"], ["--dtype", "fp16"]])
 def test_safetensors_are_mixed_without_torch(tmp_path, arguments):
     for i in range(3):
@@ -363,7 +362,7 @@ def test_safetensors_are_mixed_without_torch(tmp_path, arguments):
     assert torch.isfinite(load_file(tmp_path / "out.safetensors")["a"]).all()
 
 
-@pytest.mark.skipif(arithmetic._kernels is None, reason="built without a compiler")
+@pytest.mark.skipif(compiled.kernels is None, reason="built without a compiler")
 @pytest.mark.parametrize("divisor", [3.0, 4.0])
 @pytest.mark.parametrize("target", FLOATS)
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -378,27 +377,27 @@ def test_compiled_kernels_and_torch_give_the_same_bits(dtype, target, divisor):
         rows[1][7], rows[2][1000] = torch.nan, torch.inf
     count = len(rows[0])
     for coefficients in (None, [0.25, -1.5, 1e-3]):
-        compiled, expected = torch.empty(count, dtype=target), torch.empty(count, dtype=target)
+        ours, expected = torch.empty(count, dtype=target), torch.empty(count, dtype=target)
         finite = arithmetic.Compiled().combine(
             [row.view(torch.uint8).numpy().data for row in rows],
             str(dtype).removeprefix("torch."),
             coefficients,
             divisor,
-            compiled.view(torch.uint8).numpy().data,
+            ours.view(torch.uint8).numpy().data,
             str(target).removeprefix("torch."),
         )
         kernels.Combiner()(rows, expected, coefficients, divisor)
         bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[target.itemsize]
         assert not finite
-        assert torch.equal(compiled.isnan(), expected.isnan())
+        assert torch.equal(ours.isnan(), expected.isnan())
         real = ~expected.isnan()
-        assert torch.equal(compiled.view(bits)[real], expected.view(bits)[real])
+        assert torch.equal(ours.view(bits)[real], expected.view(bits)[real])
 
 
-@pytest.mark.skipif(arithmetic._kernels is None, reason="built without a compiler")
+@pytest.mark.skipif(compiled.kernels is None, reason="built without a compiler")
 def test_compiled_kernels_refuse_what_does_not_fit():
     row, out, matrix = memoryview(bytes(8)), memoryview(bytearray(8)), memoryview(bytearray(32))
-    kernel = arithmetic._kernels
+    kernel = compiled.kernels
     for wrong in (
         lambda: kernel.combine([], 2, None, 1.0, out, 2),
         lambda: kernel.combine([row, row[:4]], 2, None, 1.0, out, 2),

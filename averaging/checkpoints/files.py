@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import resource
 import stat
 from collections import Counter
 from contextlib import contextmanager
@@ -15,6 +14,11 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from zipfile import BadZipFile
+
+try:
+    import resource
+except ImportError:  # on Windows
+    resource = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -213,9 +217,10 @@ def opening(entries: Iterable[Entry]) -> Iterator[Mapping[Path, int]]:
     """Descriptors of the files that these tensors lie in; raises as `open_regular`."""
     opened: dict[Path, int] = {}
     files = dict.fromkeys(file for entry in entries for file in entry.files)
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < hard and len(files) > soft - SPARE_FILES:  # checkpoints of many processes
-        resource.setrlimit(resource.RLIMIT_NOFILE, (min(len(files) + SPARE_FILES, hard), hard))
+    if resource:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if soft < hard and len(files) > soft - SPARE_FILES:  # checkpoints of many processes
+            resource.setrlimit(resource.RLIMIT_NOFILE, (min(len(files) + SPARE_FILES, hard), hard))
     try:
         for file in files:
             opened[file] = open_regular(file)

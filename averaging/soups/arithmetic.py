@@ -7,21 +7,22 @@ pass for each operation; and importing torch takes longer than mixing a gigabyte
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
-try:
-    from averaging import _kernels
-except ImportError:  # no compiler when the package was installed
-    _kernels = None  # type: ignore[assignment]
+from averaging import compiled
+from averaging.compiled import CODES
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-CODES = {"bfloat16": 0, "float16": 1, "float32": 2, "float64": 3}  # of _kernels.c
 CACHE = 512 * 1024  # bytes of all ingredients together that are handled at a time
 ROW = 1024  # bytes of a row of the checksum's matrix
 SUMS = 8 * (256 + 128)  # bytes of its sums
+
+
+_own = threading.local()  # each thread's `Torch`, which keeps its working memory
 
 
 class Arithmetic(Protocol):
@@ -53,9 +54,11 @@ class Arithmetic(Protocol):
 
 def arithmetic(*dtypes: str) -> Arithmetic:
     """What can compute with these dtypes; torch only if it must."""
-    if _kernels is not None and CODES.keys() >= set(dtypes):
+    if compiled.kernels and CODES.keys() >= set(dtypes):
         return Compiled()
-    return Torch()
+    if not hasattr(_own, "torch"):
+        _own.torch = Torch()
+    return cast(Torch, _own.torch)
 
 
 class Compiled:
@@ -73,17 +76,17 @@ class Compiled:
         out: memoryview,
         dtype_out: str,
     ) -> bool:
-        return _kernels.combine(rows, CODES[dtype], coefficients, divisor, out, CODES[dtype_out])
+        return compiled.kernels.combine(rows, CODES[dtype], coefficients, divisor, out, CODES[dtype_out])
 
     def products(self, rows: Sequence[memoryview], dtype: str, total: memoryview) -> None:
-        _kernels.products(rows, CODES[dtype], total)
+        compiled.kernels.products(rows, CODES[dtype], total)
 
     def sums(self, piece: memoryview, start: int, out: memoryview) -> None:
-        _kernels.sums(piece, start, out)
+        compiled.kernels.sums(piece, start, out)
 
 
 class Torch:
-    """The kernels of kernels.py."""
+    """The kernels of kernels.py, with working memory of their own."""
 
     def __init__(self) -> None:
         from averaging import kernels
