@@ -222,7 +222,8 @@ class Soup:
 
         if self.formula is not None and self.products is None:
             entries, gram = self.ingredients[0].entries, Gram(self.ingredients, progress)
-            names = [name for name in entries if mine is None or name in mine]
+            # Backwards: what is still in the system's cache is then what is mixed first.
+            names = [name for name in reversed(entries) if mine is None or name in mine]
             parts = (team or Team()).gather(lambda: gram.measure(names))
             found = {name: products for part in parts for name, products in part.items()}
             self.products = {name: found[name] for name in entries if name in found}
