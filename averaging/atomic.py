@@ -56,7 +56,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
             _allow(temporary, staging.stat().st_mode & 0o666)
             flush(temporary)
             _move(temporary, target, aside=staging / "old" / target.name)
-            fsync(target.parent)
+            for folder in (target.parent, *(parent.parent for parent in made)):
+                fsync(folder)
     except BaseException:
         sweep(target.parent)  # an interrupt may have fallen into the removal of the temporary itself
         for parent in made:

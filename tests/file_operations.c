@@ -1,11 +1,17 @@
-/* Counts the system calls that change files below a folder, logs each, and kills the process before the one it is told.
+/* Counts the system calls that change files below a folder, logs each, and kills the process before the one it is told,
+ * or waits before each of them.
  *
- *     arm(folder, n, log)    from now on and for good; n = 0 never kills
+ *     arm(folder, n, log, ask, go)    from now on and for good
  *
- * The log gets a line for each: what it is, one or two paths, its number, separated by tabs. A seccomp filter lets the
- * kernel send SIGSYS instead of making such a call, whoever asks for it: libc, or Rust and C++ on their own. The handler
- * makes the call itself, with a sixth argument, which these calls ignore, by which the filter lets it pass. What a
- * rename replaces is linked into the folder FOLDER.removed first: a loss of power may bring it back.
+ * n = 0 never kills. Where ask is a pipe, not -1, a byte is written to it before each of these calls, and one is awaited
+ * from go. The log, which several processes can share, gets a line for each: what it is, one or two paths, the process
+ * and its number there, separated by tabs. From before that until the call is made the process holds a lock, so that
+ * the lines are in the order of the calls.
+ *
+ * A seccomp filter lets the kernel send SIGSYS instead of making such a call, whoever asks for it: libc, or Rust and C++
+ * on their own. The handler makes the call itself, with a sixth argument, which these calls ignore, by which the filter
+ * lets it pass. What a rename replaces is linked into the folder FOLDER.removed first: a loss of power may bring it
+ * back.
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -18,6 +24,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/prctl.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
@@ -42,7 +49,7 @@ enum { TRAPPED = sizeof trapped / sizeof *trapped };
 
 static char folder[PATH_MAX];
 static long count, fatal;
-static int record;
+static int record, asking, going;
 
 static int inside(const char *path) {
     size_t n = strlen(folder);
@@ -83,58 +90,64 @@ static int there(const char *path) {
 }
 
 /* The point before an operation, at which the process may end. */
-static void point(const char *kind, const char *one, const char *two) {
+static int point(const char *kind, const char *one, const char *two) {
     char line[3 * PATH_MAX];
     if (++count == fatal) {
         kill(getpid(), SIGKILL);
         for (;;) pause();
     }
-    int n = snprintf(line, sizeof line, "%s\t%s\t%s\t%ld\n", kind, one, two, count);
-    CALL(SYS_write, record, line, n, 0, 0);
-}
-
-static void on_file(const char *kind, const char *path) {
-    if (path[0]) point(kind, path, "");
-}
-
-static void on_new(const char *kind, const char *path) {
-    if (path[0] && !there(path)) point(kind, path, "");
-}
-
-static void on_open(int at, const char *name, int flags) {
-    char path[PATH_MAX];
-    if (!(flags & (O_CREAT | O_TRUNC)) || !locate(at, name, path)[0]) return;
-    if (!there(path)) {
-        if (flags & O_CREAT) point("create", path, "");
-    } else if (flags & O_TRUNC) {
-        point("write", path, "");
+    flock(record, LOCK_EX);
+    if (asking >= 0) {
+        CALL(SYS_write, asking, "?", 1, 0, 0);
+        while (read(going, line, 1) < 0 && errno == EINTR) continue;
     }
+    int n = snprintf(line, sizeof line, "%s\t%s\t%s\t%d-%ld\n", kind, one, two, getpid(), count);
+    CALL(SYS_write, record, line, n, 0, 0);
+    return 1;
 }
 
-static void on_move(int from_at, const char *from, int to_at, const char *to, unsigned flags) {
+/* These tell whether the call is one that counts. */
+
+static int on_file(const char *kind, const char *path) {
+    return path[0] && point(kind, path, "");
+}
+
+static int on_new(const char *kind, const char *path) {
+    return path[0] && !there(path) && point(kind, path, "");
+}
+
+static int on_open(int at, const char *name, int flags) {
+    char path[PATH_MAX];
+    if (!(flags & (O_CREAT | O_TRUNC)) || !locate(at, name, path)[0]) return 0;
+    if (!there(path)) return flags & O_CREAT && point("create", path, "");
+    return flags & O_TRUNC && point("write", path, "");
+}
+
+static int on_move(int from_at, const char *from, int to_at, const char *to, unsigned flags) {
     char one[PATH_MAX], two[PATH_MAX], kept[PATH_MAX + 64];
     locate(from_at, from, one);
     locate(to_at, to, two);
-    if ((!one[0] && !two[0]) || !there(from_at == AT_FDCWD ? from : one)) return;
+    if ((!one[0] && !two[0]) || !there(from_at == AT_FDCWD ? from : one)) return 0;
     point(flags & 2 ? "exchange" : "rename", one, two);
     if (flags == 0 && two[0]) {
-        snprintf(kept, sizeof kept, "%s.removed/%ld", folder, count);
+        snprintf(kept, sizeof kept, "%s.removed/%d-%ld", folder, getpid(), count);
         CALL(SYS_linkat, AT_FDCWD, two, AT_FDCWD, kept, 0);
     }
+    return 1;
 }
 
-static void on_link(int from_at, const char *from, int to_at, const char *to) {
+static int on_link(int from_at, const char *from, int to_at, const char *to) {
     char one[PATH_MAX], two[PATH_MAX];
     locate(from_at, from, one);
-    if (locate(to_at, to, two)[0] && !there(two) && there(from)) point("link", one, two);
+    return locate(to_at, to, two)[0] && !there(two) && there(from) && point("link", one, two);
 }
 
-static void on_removal(int at, const char *name) {
+static int on_removal(int at, const char *name) {
     char path[PATH_MAX];
-    if (locate(at, name, path)[0] && there(path)) point("remove", path, "");
+    return locate(at, name, path)[0] && there(path) && point("remove", path, "");
 }
 
-static void notice(int number, const long *a) {
+static int notice(int number, const long *a) {
     char path[PATH_MAX];
 #define NAME(i) ((const char *)a[i])
     switch (number) {
@@ -161,6 +174,7 @@ static void notice(int number, const long *a) {
     case SYS_renameat: return on_move(a[0], NAME(1), a[2], NAME(3), 0);
 #endif
     }
+    return 0;
 }
 
 static void trap(int signal, siginfo_t *info, void *context) {
@@ -180,14 +194,15 @@ static void trap(int signal, siginfo_t *info, void *context) {
     if (info->si_syscall == SYS_copy_file_range) {
         *result = -ENOSYS; /* its sixth argument is not ignored; everyone has another way */
     } else {
-        notice(info->si_syscall, a);
+        int counts = notice(info->si_syscall, a);
         long done = CALL(info->si_syscall, a[0], a[1], a[2], a[3], a[4]);
         *result = done == -1 ? -errno : done;
+        if (counts) flock(record, LOCK_UN);
     }
     errno = kept;
 }
 
-int arm(const char *path, long n, const char *log) {
+int arm(const char *path, long n, const char *log, int ask, int go) {
     struct sock_filter filter[2 * TRAPPED + 16];
     int i = 0;
     filter[i++] = (struct sock_filter)BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, args[5]));
@@ -208,6 +223,8 @@ int arm(const char *path, long n, const char *log) {
     struct sigaction action = {.sa_sigaction = trap, .sa_flags = SA_SIGINFO | SA_NODEFER};
     snprintf(folder, sizeof folder, "%s", path);
     fatal = n;
+    asking = ask;
+    going = go;
     record = open(log, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0644);
     if (record < 0 || sigaction(SIGSYS, &action, NULL) || prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)) return errno;
     return prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program) ? errno : 0;

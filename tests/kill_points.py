@@ -2,13 +2,14 @@
 
     python scripts/kill_points.py --every 10
 
-One process imports a trainer once and forks a child for each point. `file_operations.c` kills the child before the
-n-th system call that changes files below the checkpoints' folder, and logs those before it. Two further children
-resume from `averaging.latest_complete` and train to the end: one with the files as they are, one with the files as a
-loss of power leaves them: what was written and not synced since is gone, names that were made and whose folder was not
-synced since are not there, and what was removed is gone for good. Both must end with the bits of a run that nothing
-stopped; and, since starting anew would give the same bits, the checkpoint they used must not be older than the newest
-one whose saving had ended.
+One process imports a trainer once and forks all runs, of one or of two ranks. `file_operations.c` lets a run wait
+before each system call that changes files below the checkpoints' folder, and logs it: what lies there at that moment is
+what a kill of all ranks leaves. Of several ranks it also kills a single one, before its n-th such call; the other goes
+on until it notices. From what is left, and from what a loss of power leaves of it, a run resumes and trains to the end.
+(What was written and not synced since is gone then, names that were made and whose folder was not synced since are not
+there, and what was removed is gone for good.) It must end with the bits of a run that nothing stopped; and, since
+starting anew would give the same bits, the checkpoint it used must not be older than the newest one whose saving had
+ended. Where points leave the same files, one run answers for all of them.
 """
 
 from __future__ import annotations
@@ -18,25 +19,35 @@ import ctypes
 import hashlib
 import json
 import os
+import secrets
+import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 SAVE_EVERY = 2
 KILLED, STEPS = 6, 8  # the steps of the run that is killed, and of those that are compared
 
+PATIENCE = 10
+"""Seconds in which a rank ends when another was killed; then it is killed, too."""
+
 Announce = Callable[[int], None]
-Run = Callable[[Path, int, "Path | None", Announce], str]
+Run = Callable[[Path, bool, Announce], tuple[int, str]]
+"""Of a folder, whether the run is the first (else it resumes from what is there) and whom to tell of the steps whose
+saving has ended: the step it began with, and a digest of its end."""
 
 
 def start(*arguments: str) -> dict[str, Any]:
@@ -48,15 +59,19 @@ def start(*arguments: str) -> dict[str, Any]:
     return counts
 
 
-def summary(trainer: str, rotation: bool, counts: dict[str, Any]) -> str:
-    def text(state: str) -> str:
-        return ", ".join(f"{count} from {step}" for step, count in counts["used"][state].items())
-
-    return (
-        f"{trainer}{', older checkpoints deleted' if rotation else ''}: killed at {counts['points']} of "
-        f"{counts['operations']} file operations, {len(counts['problems'])} wrong; checkpoints resumed from: "
-        f"{text('killed')}; with unsynced data lost: {text('without power')}"
-    )
+def summary(trainer: str, rotation: bool, counts: dict[str, Any]) -> list[str]:
+    lines = []
+    for who, seen in counts["killed"].items():
+        used = {
+            state: ", ".join(f"{count} from {step}" for step, count in sorted(steps.items()))
+            for state, steps in seen["used"].items()
+        }
+        lines.append(
+            f"{trainer}{', older checkpoints deleted' if rotation else ''}: {who} killed at {seen['points']} of "
+            f"{seen['operations']} file operations, {seen['problems']} wrong; checkpoints resumed from: "
+            f"{used['killed']}; with unsynced data lost: {used['without power']}"
+        )
+    return lines
 
 
 def compiled(folder: Path) -> Any:
@@ -72,9 +87,39 @@ def digest(*weights: Any) -> str:
     result = hashlib.sha256()
     for one in weights:
         for name, tensor in sorted(one.items()):
-            whole = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # the only shard
-            result.update(name.encode() + whole.detach().contiguous().numpy().tobytes())
+            part = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+            result.update(name.encode() + part.detach().contiguous().numpy().tobytes())
     return result.hexdigest()
+
+
+def newest_whole(folder: Path) -> Path | None:
+    from averaging import latest_complete
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return latest_complete(folder)
+
+
+def step_of(checkpoint: Path | None) -> int:
+    from averaging.completeness import _content
+
+    if checkpoint is None:
+        return 0
+    if checkpoint.suffix == ".ckpt":
+        return int(_content(checkpoint)["global_step"])
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def announcing_seals(module: Any, announce: Announce) -> None:
+    """Let ``announce`` hear of each checkpoint that ``module`` has sealed."""
+    seal = module.seal
+
+    def announcing(sealed: Path, *args: Any, **kwargs: Any) -> Any:
+        known = seal(sealed, *args, **kwargs)
+        announce(step_of(sealed))
+        return known
+
+    module.seal = announcing
 
 
 def transformers_run(rotation: bool) -> Run:
@@ -84,20 +129,15 @@ def transformers_run(rotation: bool) -> Run:
     from averaging import EMA, LAWA
     from averaging.transformers import AveragingCallback
 
-    seal = averaging.transformers.seal
-
-    def run(folder: Path, steps: int, resume: Path | None, announce: Announce) -> str:
-        def announcing(sealed: Path, *args: Any) -> Any:
-            known = seal(sealed, *args)
-            announce(int(sealed.name.rpartition("-")[2]))
-            return known
-
-        averaging.transformers.seal = announcing
+    def run(folder: Path, first: bool, announce: Announce) -> tuple[int, str]:
+        announcing_seals(averaging.transformers, announce)
+        checkpoint, steps = None if first else newest_whole(folder), KILLED if first else STEPS
         callback, recorder = AveragingCallback(LAWA(k=3, every=1), EMA(0.8)), Recorder()
         limit = {"save_total_limit": 1} if rotation else {}
         options = {"steps": steps, "save_steps": SAVE_EVERY, "eval_strategy": "no", **limit}
-        trainer(folder, [callback, recorder], **options).train(resume_from_checkpoint=resume)
-        return digest(recorder.weights[steps], *(averager.average() for averager in callback.averagers))
+        trainer(folder, [callback, recorder], **options).train(resume_from_checkpoint=checkpoint)
+        averages = [averager.average() for averager in callback.averagers]
+        return step_of(checkpoint), digest(recorder.weights[steps], *averages)
 
     return run
 
@@ -105,89 +145,257 @@ def transformers_run(rotation: bool) -> Run:
 def lightning_run(rotation: bool, sharded: bool = False) -> Run:
     from lightning.pytorch.callbacks import ModelCheckpoint
     from lightning.pytorch.strategies import ModelParallelStrategy
-    from test_lightning import Regression, fit
+    from test_lightning import Regression, batch, fit
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
     import averaging.lightning
     from averaging import EMA, LAWA
     from averaging.lightning import AveragingCallback, _CheckpointIO
 
-    save, seal = _CheckpointIO.save_checkpoint, averaging.lightning.seal
-
     class Sharded(Regression):
-        """Under FSDP2, by one process: forks cannot meet others."""
-
         def configure_model(self) -> None:
             if not isinstance(self.net, FSDPModule):
                 fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
 
-    def run(folder: Path, steps: int, resume: Path | None, announce: Announce) -> str:
+        def training_step(self, _: Any, batch_idx: int) -> Any:
+            return self.loss(*batch(1000 * self.current_epoch + 2 * batch_idx + self.global_rank))
+
+    def run(folder: Path, first: bool, announce: Announce) -> tuple[int, str]:
+        save = _CheckpointIO.save_checkpoint
+
         def announcing(self: Any, checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
             save(self, checkpoint, *args, **kwargs)
             announce(checkpoint["global_step"])
 
         if sharded:
-
-            def announcing_seal(sealed: Path, *args: Any) -> Any:
-                known = seal(sealed, *args)
-                announce(step_of(sealed))
-                return known
-
-            averaging.lightning.seal = announcing_seal
+            announcing_seals(averaging.lightning, announce)
         else:
             _CheckpointIO.save_checkpoint = announcing
+        checkpoint, steps = None if first else newest_whole(folder), KILLED if first else STEPS
         callback = AveragingCallback(LAWA(k=3, every=1), EMA(0.8))
         kept = {"save_top_k": 1, "save_last": True} if rotation else {"save_top_k": -1}
         saving = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=SAVE_EVERY, **kept)
-        options: dict[str, Any] = {"ckpt_path": resume, "epochs": -1, "max_steps": steps}
+        options: dict[str, Any] = {"ckpt_path": checkpoint, "epochs": -1, "max_steps": steps}
         if sharded:
-            options["strategy"] = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=1)
-            options |= {"devices": 1, "module": Sharded()}
+            options["strategy"] = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+            options |= {"devices": 2, "module": Sharded()}
+        began = step_of(checkpoint)
         _, _, recorder = fit(folder, callback, saving, **options)
-        return digest(recorder.online[steps], *(averager.average() for averager in callback.averagers))
+        return began, digest(recorder.online[steps], *(averager.average() for averager in callback.averagers))
 
     return run
 
 
+def loop_run(rotation: bool) -> Run:
+    """A loop of one's own under FSDP2, with torch's distributed checkpoints; the averages lie in another folder."""
+    import torch
+    import torch._dynamo  # which takes long, and every fork would do
+    from torch import distributed, nn
+    from torch.distributed import checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+    from torch.distributed.fsdp import fully_shard
+
+    from averaging import EMA, LAWA, named_weights
+    from averaging.atomic import fsync
+
+    class Trained:
+        def __init__(self) -> None:
+            torch.manual_seed(0)
+            self.model = fully_shard(nn.Sequential(nn.Linear(4, 7), nn.Tanh(), nn.Linear(7, 1)))
+            self.optimizer = torch.optim.Adam(self.model.parameters(), lr=0.05)
+            self.averagers = [LAWA(k=3, every=1), EMA(0.8)]
+            self.step = 0
+
+        def state(self) -> dict[str, Any]:
+            model, optimizer = get_state_dict(self.model, self.optimizer)
+            return {"model": model, "optimizer": optimizer}
+
+    def save(run: Trained, folder: Path, announce: Announce) -> None:
+        checkpoint, averages = folder / f"checkpoint-{run.step}", folder / "averages" / str(run.step)
+        dcp.save(run.state(), checkpoint_id=checkpoint)
+        for averager in run.averagers:
+            averager.save(averages / averager.name)
+        rank = distributed.get_rank()
+        if rank == 0:  # torch brings its files to the disk, but not their names
+            fsync(checkpoint)
+            fsync(folder)
+        distributed.barrier()
+        announce(run.step)
+        if rotation and rank == 0:
+            for old in (folder, folder / "averages"):
+                for path in old.iterdir():
+                    if path.name.rpartition("-")[2] not in ("averages", str(run.step)):
+                        shutil.rmtree(path)
+
+    def restored(folder: Path) -> Trained:
+        """The newest that can be read; whatever cannot must say so by itself."""
+        for checkpoint in sorted(folder.glob("checkpoint-*"), key=step_of, reverse=True):
+            run, step = Trained(), step_of(checkpoint)
+            try:
+                for averager in run.averagers:
+                    averager.load(folder / "averages" / str(step) / averager.name, run.model)
+            except (FileNotFoundError, ValueError):
+                continue
+            state = run.state()
+            try:
+                dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
+            except Exception:
+                continue
+            set_state_dict(
+                run.model, run.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+            )
+            run.step = step
+            return run
+        return Trained()
+
+    def run(folder: Path, first: bool, announce: Announce) -> tuple[int, str]:
+        warnings.simplefilter("ignore")
+        distributed.init_process_group("gloo")
+        trained = Trained() if first else restored(folder)
+        began = trained.step
+        for step in range(began + 1, (KILLED if first else STEPS) + 1):
+            x = torch.randn(8, 4, generator=torch.Generator().manual_seed(2 * step + distributed.get_rank()))
+            (trained.model(x) - x.sum(1, keepdim=True).sin()).square().mean().backward()
+            trained.optimizer.step()
+            trained.optimizer.zero_grad()
+            trained.step = step
+            for averager in trained.averagers:
+                averager.update(trained.model, step)
+            if step % SAVE_EVERY == 0:
+                save(trained, folder, announce)
+        averages = [averager.average() for averager in trained.averagers]
+        return began, digest(named_weights(trained.model), *averages)
+
+    return run
+
+
+def sharded_transformers_run(rotation: bool) -> Run:
+    """A run that cannot be resumed, as Trainer saves no optimizer of it; what it has left is looked through."""
+    import torch
+    from safetensors.torch import load_file
+    from test_transformers import tiny_model, trainer
+    from torch import distributed
+    from transformers import LlamaForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    import averaging.transformers
+    from averaging import EMA, LAWA
+    from averaging.completeness import flaw
+    from averaging.transformers import AveragingCallback
+
+    def averagers() -> list[Any]:
+        return [LAWA(k=3, every=1), EMA(0.8)]
+
+    def averages(checkpoint: Path) -> dict[str, str]:
+        """All that is averaged in a checkpoint: its state, and the model that opens."""
+        found = {}
+        for averager in averagers():
+            averager.load(checkpoint / averager.name)
+            file = load_file(checkpoint / averager.name / "model.safetensors")
+            found[averager.name] = digest(averager.average(), file)
+        return found
+
+    def look(folder: Path) -> tuple[int, str]:
+        newest = 0
+        for checkpoint in folder.glob("checkpoint-*"):
+            expected = averages(folder.with_name("reference") / checkpoint.name)
+            whole = flaw(checkpoint) is None
+            try:
+                right = averages(checkpoint) == expected
+            except (FileNotFoundError, ValueError) as error:
+                if whole:
+                    return newest, f"{checkpoint.name} counts as whole: {error}"
+            else:
+                if not right:
+                    return newest, f"{checkpoint.name} holds other averages"
+            if whole:
+                newest = max(newest, step_of(checkpoint))
+        return newest, "right"
+
+    def run(folder: Path, first: bool, announce: Announce) -> tuple[int, str]:
+        if not first:
+            return look(folder)
+        announcing_seals(averaging.transformers, announce)
+        distributed.init_process_group("gloo")
+        place = folder.with_name("model")
+        if distributed.get_rank() == 0:
+            tiny_model().save_pretrained(place)
+        distributed.barrier()
+        config = DistributedConfig(fsdp_size=2)
+        model = LlamaForCausalLM.from_pretrained(place, distributed_config=config, dtype=torch.float32)
+        options = {"steps": KILLED, "save_steps": SAVE_EVERY, "eval_strategy": "no", "save_only_model": True}
+        limit = {"save_total_limit": 1} if rotation else {}
+        trainer(folder, [AveragingCallback(*averagers())], model, **options, **limit).train()
+        return 0, "trained"
+
+    return run
+
+
+class Scenario(NamedTuple):
+    """Runs that are killed."""
+
+    build: Callable[[bool], Run]
+    """Given whether older checkpoints are deleted."""
+
+    ranks: int = 1
+    resuming: int = 1
+    """The ranks of the run that resumes; one of them, where two ran, looks at what they have left."""
+
+
 RUNS = {
-    "transformers": transformers_run,
-    "lightning": lightning_run,
-    "lightning-fsdp2": partial(lightning_run, sharded=True),
+    "transformers": Scenario(transformers_run),
+    "lightning": Scenario(lightning_run),
+    "lightning-fsdp2": Scenario(partial(lightning_run, sharded=True), ranks=2, resuming=2),
+    "loop-fsdp2": Scenario(loop_run, ranks=2, resuming=2),
+    "transformers-fsdp2": Scenario(sharded_transformers_run, ranks=2),
 }
 
 
-# ---------------------------------------------------------------------- children
+# ---------------------------------------------------------------------- what lies in a folder
+
+State = tuple[tuple[str, "str | bytes | None"], ...]
+"""All below a folder: relative paths, with bytes for a file, the target of a link, or None for a folder. What is at the
+top is in the order in which it was changed."""
+
+_KNOWN: dict[bytes, bytes] = {}
 
 
-def child(work: Callable[[], str], log: Path) -> str | None:
-    """What ``work`` returned in a process of its own; None if that was killed.
+def read(folder: Path) -> State:
+    def below(path: Path, name: str) -> Iterator[tuple[str, str | bytes | None]]:
+        if path.is_symlink():
+            yield name, os.readlink(path)
+        elif path.is_dir():
+            yield name, None
+            for child in sorted(path.iterdir()):
+                yield from below(child, f"{name}/{child.name}")
+        else:
+            yield name, known(path.read_bytes())
 
-    Raises:
-        RuntimeError: it failed.
-    """
-    reader, writer = os.pipe()
-    if (pid := os.fork()) == 0:
-        status = 1
-        try:
-            errors = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(errors, 1)
-            os.dup2(errors, 2)
-            os.write(writer, work().encode())
-            status = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stderr.flush()
-            os._exit(status)
-    os.close(writer)
-    with os.fdopen(reader) as answer:
-        result = answer.read()
-    _, status = os.waitpid(pid, 0)
-    if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
-        return None
-    if status:
-        raise RuntimeError(f"status {status}: {log.read_text()[-3000:]}")
-    return result
+    top = sorted(folder.iterdir(), key=lambda path: (path.lstat().st_mtime_ns, path.name))
+    return tuple(entry for path in top for entry in below(path, path.name))
+
+
+def names(state: State) -> list[str]:
+    """Those of the files, but for the random ones that safetensors gives for a moment."""
+    return sorted(name for name, _ in state if "/.tmp" not in name)
+
+
+def known(content: bytes) -> bytes:
+    """``content``, once in memory."""
+    return _KNOWN.setdefault(content, content)
+
+
+def write(state: State, folder: Path) -> None:
+    for name, content in state:
+        path = folder / name
+        if content is None:
+            path.mkdir()
+        elif isinstance(content, bytes):
+            path.write_bytes(content)
+        else:
+            path.symlink_to(content)
+    for order, path in enumerate(dict.fromkeys(name.partition("/")[0] for name, _ in state)):
+        os.utime(folder / path, (order, order), follow_symlinks=False)
 
 
 # ---------------------------------------------------------------------- a loss of power
@@ -204,16 +412,8 @@ class Node:
     durable: dict[str, Node] = field(default_factory=dict)
 
 
-def scan(path: Path) -> Node:
-    """Everything below ``path``, on the disk."""
-    if not path.is_dir() or path.is_symlink():
-        return Node(content=path)
-    names = {child.name: scan(child) for child in path.iterdir()}
-    return Node(is_folder=True, names=names, durable=dict(names))
-
-
-def without_power(folder: Path, operations: list[list[str]], zeros: bool) -> None:
-    """Make of the empty ``folder``, in which ``operations`` were done, what is left of it when the power fails."""
+def without_power(folder: Path, operations: list[list[str]], zeros: bool) -> State:
+    """What is left of ``folder``, which was empty before ``operations`` were done in it, when the power fails."""
     root = Node(is_folder=True)
     folders: list[Node] = [root]
 
@@ -246,11 +446,10 @@ def without_power(folder: Path, operations: list[list[str]], zeros: bool) -> Non
                     found.durable = dict(found.names)
             continue
         at, name = place(one)
-        if kind == "create" and at is not None:
-            at.names[name] = Node()
-        elif kind == "folder" and at is not None:
-            at.names[name] = Node(is_folder=True)
-            folders.append(at.names[name])
+        if kind in ("create", "folder") and at is not None:
+            if name not in at.names:  # else another rank was quicker
+                at.names[name] = Node(is_folder=kind == "folder")
+                folders.append(at.names[name])
         elif kind == "remove" and at is not None:
             at.names.pop(name, None)
             at.durable.pop(name, None)
@@ -278,99 +477,220 @@ def without_power(folder: Path, operations: list[list[str]], zeros: bool) -> Non
         else:
             found.content = path
 
-    def write(found: Node, path: Path) -> None:
+    def left(found: Node, name: str) -> Iterator[tuple[str, str | bytes | None]]:
         if found.is_folder:
-            path.mkdir()
-            for name, inner in found.durable.items():
-                write(inner, path / name)
-        elif found.content is not None and found.content.exists():
+            yield name, None
+            for inner_name, inner in sorted(found.durable.items()):
+                yield from left(inner, f"{name}/{inner_name}")
+        elif found.content is None:
+            return
+        elif found.content.is_symlink():
+            yield name, os.readlink(found.content)
+        elif found.content.exists():
             size = found.content.stat().st_size
-            if not found.unsynced:
-                shutil.copy(found.content, path)
-            else:
-                path.write_bytes(bytes(size if zeros else size // 2))
+            lost = bytes(size if zeros else size // 2)
+            yield name, known(lost if found.unsynced else found.content.read_bytes())
 
     locate(root, folder)
-    left = folder.with_name("left")
-    write(root, left)
-    shutil.rmtree(folder)
-    left.rename(folder)
+    return tuple(entry for name, found in sorted(root.durable.items()) for entry in left(found, name))
 
 
 # ---------------------------------------------------------------------- all points
 
 
-def points(trainer: str, rotation: bool, every: int, offset: int) -> Iterator[dict[str, Any]]:
-    """The number of operations, then for each point and state of the disk the checkpoint used, and what went wrong."""
-    from averaging import latest_complete
+class Ended(NamedTuple):
+    """How a rank of a run ended: its result, None where it was killed or failed; the wait status; what it said."""
 
-    run = RUNS[trainer](rotation)
-    with tempfile.TemporaryDirectory() as temporary:
-        library = compiled(Path(temporary))
-        base = Path(os.path.realpath(temporary))
-        folder, operations, errors, announced = (base / name for name in ("out", "operations", "errors", "announced"))
+    result: tuple[int, str] | None
+    status: int
+    output: str
 
-        def training(resume: bool, fatal: int | None) -> str:
-            used = "nothing"
-            checkpoint = None
+    @property
+    def killed(self) -> bool:
+        return os.WIFSIGNALED(self.status) and os.WTERMSIG(self.status) == signal.SIGKILL
+
+
+class Point(NamedTuple):
+    """A moment, and what a kill or a loss of power leaves then."""
+
+    number: int
+    saved: int
+    """The newest step whose saving had ended."""
+    left: dict[str, State]
+
+
+class Harness:
+    """Runs of a scenario in a folder."""
+
+    def __init__(self, scenario: Scenario, rotation: bool, base: Path) -> None:
+        self.scenario, self.run = scenario, scenario.build(rotation)
+        self.library = compiled(base)
+        self.base = Path(os.path.realpath(base))
+        self.folder, self.log, self.announced = (self.base / name for name in ("out", "operations", "announced"))
+        self.asked, self.ask = os.pipe()
+        self.go, self.gone = os.pipe()
+        self.pids: list[int] = []
+        self.late = 0
+        self.results: dict[State, tuple[int, str]] = {}
+        if scenario.resuming < scenario.ranks:
+            self.begin()
+            self.fork(scenario.ranks, first=True, run=scenario.build(False))
+            self.folder.rename(self.base / "reference")
+        self.expected = self.resumed(())[1]
+
+    def begin(self) -> None:
+        for path in (self.folder, Path(f"{self.folder}.removed")):
+            shutil.rmtree(path, ignore_errors=True)
+            path.mkdir()
+        for path in (self.log, self.announced):
+            path.write_text("")
+
+    # ------------------------------------------------------------------ processes
+
+    def fork(
+        self,
+        ranks: int,
+        first: bool,
+        *,
+        run: Run | None = None,
+        fatal: dict[int, int] | None = None,
+        pause: Callable[[], None] | None = None,
+    ) -> list[Ended]:
+        """Let ``ranks`` processes run; each ends in time.
+
+        Args:
+            fatal: rank → the number of the file operation before which it is killed. If it is given, the operations
+                are logged.
+            pause: called before each operation.
+        """
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.pids = []
+        for rank in range(ranks):
+            if (pid := os.fork()) == 0:
+                self.be(rank, ranks, port, first, run or self.run, fatal, pause is not None)
+            self.pids.append(pid)
+        statuses: dict[int, int] = {}
+        began, deadline = time.monotonic(), None
+        while len(statuses) < ranks:
+            if select.select([self.asked], [], [], 0.002)[0]:
+                os.read(self.asked, 1)
+                if pause is not None:
+                    pause()
+                os.write(self.gone, b"!")
+            for rank, pid in enumerate(self.pids):
+                if rank not in statuses and (ended := os.waitpid(pid, os.WNOHANG))[0]:
+                    statuses[rank] = ended[1]
+                    deadline = deadline or time.monotonic() + PATIENCE
+            if len(statuses) < ranks and time.monotonic() > min(deadline or began + 120, began + 120):
+                self.late += 1
+                for rank in {*range(ranks)} - {*statuses}:
+                    os.kill(self.pids[rank], signal.SIGKILL)
+                deadline = began + 120
+        return [self.ended(rank, statuses[rank]) for rank in range(ranks)]
+
+    def be(
+        self, rank: int, ranks: int, port: int, first: bool, run: Run, fatal: dict[int, int] | None, pausing: bool
+    ) -> None:
+        """Be a rank, and end."""
+        status = 1
+        try:
+            output = os.open(self.base / f"output-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(output, 1)
+            os.dup2(output, 2)
+            (self.base / f"result-{rank}").unlink(missing_ok=True)
+            if ranks > 1:
+                os.environ |= {
+                    "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "NODE_RANK": "0",
+                    "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+                }  # fmt: skip
             if fatal is not None:
-                error = library.arm(os.fsencode(folder), ctypes.c_long(fatal), os.fsencode(operations))
+                # The same names in each run, so that they leave the same files.
+                number = count()
+                secrets.token_hex = lambda size=4: f"{rank}{next(number):0{2 * size - 1}x}"
+                pipes = (self.ask, self.go) if pausing else (-1, -1)
+                paths = os.fsencode(self.folder), ctypes.c_long(fatal.get(rank, 0)), os.fsencode(self.log)
+                error = self.library.arm(*paths, *pipes)
                 assert error == 0, os.strerror(error)
-            elif resume:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
-                    checkpoint = latest_complete(folder)
-                used = "nothing" if checkpoint is None else str(step_of(checkpoint))
 
             def announce(step: int) -> None:
-                with open(announced, "a") as file:
+                with open(self.announced, "a") as file:
                     file.write(f"{step}\n")
 
-            return f"{used} {run(folder, STEPS if fatal is None else KILLED, checkpoint, announce)}"
+            result = run(self.folder, first, announce)
+            (self.base / f"result-{rank}").write_text(json.dumps(result))
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
 
-        def fresh() -> None:
-            for path in (folder, Path(f"{folder}.removed")):
-                shutil.rmtree(path, ignore_errors=True)
-                path.mkdir()
-            for path in (operations, announced):
-                path.write_text("")
+    def ended(self, rank: int, status: int) -> Ended:
+        output = (self.base / f"output-{rank}").read_text(errors="replace")[-3000:]
+        result = None
+        if status == 0:
+            step, text = json.loads((self.base / f"result-{rank}").read_text())
+            result = (step, text)
+        return Ended(result, status, output)
 
-        fresh()
-        straight = str(child(lambda: training(False, None), errors))
-        fresh()
-        child(lambda: training(False, 0), errors)
-        total = len(operations.read_text().splitlines())
-        yield {"total": total}
-        for fatal in range(1 + offset, total + 1, every):
-            fresh()
-            if child(lambda fatal=fatal: training(False, fatal), errors) is not None:
-                raise RuntimeError(f"the run has fewer than {fatal} operations this time")
-            done = [line.split("\t") for line in operations.read_text().splitlines()]
-            newest = max(map(int, announced.read_text().split()), default=0)
-            as_it_is = base / "as-it-is"
-            shutil.copytree(folder, as_it_is, symlinks=True)
-            for state in ("without power", "killed"):
-                if state == "without power":
-                    without_power(folder, done, zeros=fatal % 2 == 0)
-                else:
-                    shutil.rmtree(folder)
-                    as_it_is.rename(folder)
-                try:
-                    used, result = str(child(lambda: training(True, None), errors)).split()
-                    problem = None if result == straight.split()[1] else "other bits"
-                    if newest > (0 if used == "nothing" else int(used)):
-                        problem = f"resumed from {used}, though the saving of {newest} had ended"
-                except RuntimeError as error:
-                    used, problem = "failed", str(error)
-                yield {"point": fatal, "state": state, "used": used, "problem": problem}
+    # ------------------------------------------------------------------ points
 
+    def points(self, every: int, every_of_one: int, offset: int) -> Iterator[tuple[str, int, Iterator[Point]]]:
+        """Who is killed, how many operations there are, and some of the points."""
+        all_at_once: list[Point] = []
+        number = count(1)
 
-def step_of(checkpoint: Path) -> int:
-    from averaging.completeness import _content
+        def pause() -> None:
+            if (n := next(number)) > offset and (n - offset - 1) % every == 0:
+                all_at_once.append(self.point(n))
 
-    if checkpoint.suffix == ".ckpt":
-        return int(_content(checkpoint)["global_step"])
-    return int(checkpoint.name.rpartition("-")[2])
+        self.begin()
+        for ended in self.fork(self.scenario.ranks, first=True, fatal={}, pause=pause):
+            assert ended.status == 0, ended.output
+        pids = [number.partition("-")[0] for *_, number in self.operations()]
+        counts = [pids.count(str(pid)) for pid in self.pids]
+        if self.scenario.ranks == 1:
+            middle = all_at_once[len(all_at_once) // 2]
+            assert names(self.killed(0, middle.number).left["killed"]) == names(middle.left["killed"])
+            yield "the run", len(pids), iter(all_at_once)
+            return
+        yield "all ranks", len(pids), iter(all_at_once)
+        for rank, operations in enumerate(counts):
+            numbers = range(1 + offset, operations + 1, every_of_one)
+            yield f"rank {rank} alone", operations, map(partial(self.killed, rank), numbers)
+
+    def killed(self, rank: int, number: int) -> Point:
+        self.begin()
+        ended = self.fork(self.scenario.ranks, first=True, fatal={rank: number})
+        assert ended[rank].killed, f"the run has fewer than {number} operations this time: {ended[rank]}"
+        return self.point(number)
+
+    def operations(self) -> list[list[str]]:
+        return [line.split("\t") for line in self.log.read_text().splitlines()]
+
+    def point(self, number: int) -> Point:
+        lost = without_power(self.folder, self.operations(), zeros=number % 2 == 0)
+        saved = max(map(int, self.announced.read_text().split()), default=0)
+        return Point(number, saved, {"killed": read(self.folder), "without power": lost})
+
+    def resumed(self, state: State) -> tuple[int, str]:
+        """The step from which a run resumes where ``state`` is left, and what came of it."""
+        if state not in self.results:
+            self.begin()
+            write(state, self.folder)
+            ended = self.fork(self.scenario.resuming, first=False)
+            results = [one.result or (-1, f"failed: {one.output}") for one in ended]
+            self.results[state] = results[0][0], " ".join(text for _, text in results)
+        return self.results[state]
+
+    def problem(self, point: Point, state: str) -> str | None:
+        step, text = self.resumed(point.left[state])
+        if step < point.saved and step != -1:
+            return f"resumed from {step}, though the saving of {point.saved} had ended"
+        return None if text == self.expected else text
 
 
 def main() -> None:
@@ -378,17 +698,25 @@ def main() -> None:
     parser.add_argument("trainer", choices=RUNS)
     parser.add_argument("--rotation", action="store_true")
     parser.add_argument("--every", type=int, default=1)
+    parser.add_argument("--every-of-one", type=int, default=1)
     parser.add_argument("--offset", type=int, default=0)
     options = parser.parse_args()
-    results = points(options.trainer, options.rotation, options.every, options.offset)
-    total = next(results)["total"]
-    seen = list(results)
-    used = {
-        state: dict(sorted(Counter(one["used"] for one in seen if one["state"] == state).items()))
-        for state in ("killed", "without power")
-    }
-    problems = [one for one in seen if one["problem"]]
-    print(json.dumps({"operations": total, "points": len(seen) // 2, "used": used, "problems": problems}))
+    counts: dict[str, Any] = {"killed": {}, "problems": []}
+    with tempfile.TemporaryDirectory() as folder:
+        harness = Harness(RUNS[options.trainer], options.rotation, Path(folder))
+        for who, operations, points in harness.points(options.every, options.every_of_one, options.offset):
+            used: dict[str, Counter[int]] = {"killed": Counter(), "without power": Counter()}
+            seen = wrong = 0
+            for point in points:
+                seen += 1
+                for state in used:
+                    used[state][harness.resumed(point.left[state])[0]] += 1
+                    if (problem := harness.problem(point, state)) is not None:
+                        wrong += 1
+                        counts["problems"].append({"who": who, "point": point.number, "state": state, "is": problem})
+            counts["killed"][who] = {"operations": operations, "points": seen, "problems": wrong, "used": used}
+        counts |= {"resumed": len(harness.results), "late": harness.late}
+    print(json.dumps(counts))
 
 
 if __name__ == "__main__":

@@ -17,20 +17,29 @@ from kill_points import KILLED, SAVE_EVERY, start, summary
     reason="needs Linux's seccomp filters and a C compiler",
 )
 @pytest.mark.parametrize(
-    ("trainer", "rotation", "every"),
+    ("trainer", "rotation", "every", "of_one"),
     [
-        ("transformers", True, 61),
-        ("transformers", False, 97),
-        ("lightning", True, 31),
-        ("lightning", False, 31),
-        ("lightning-fsdp2", True, 211),
+        ("transformers", True, 61, 0),
+        ("transformers", False, 97, 0),
+        ("lightning", True, 31, 0),
+        ("lightning", False, 31, 0),
+        ("loop-fsdp2", True, 101, 151),
+        ("lightning-fsdp2", True, 307, 401),
+        ("transformers-fsdp2", False, 71, 301),
     ],
 )
-def test_killed_while_saving(trainer, rotation, every, record_property):
-    pytest.importorskip("transformers" if trainer == "transformers" else "lightning.pytorch")
-    counts = start(trainer, "--every", str(every), "--offset", str(every // 2), *["--rotation"] * rotation)
+def test_killed_while_saving(trainer, rotation, every, of_one, record_property):
+    library = trainer.partition("-")[0]
+    pytest.importorskip({"lightning": "lightning.pytorch", "loop": "torch"}.get(library, library))
+    options = {"every": every, "every-of-one": of_one, "offset": every // 2}
+    counts = start(
+        trainer, *[f"--{name}={value}" for name, value in options.items() if value], *["--rotation"] * rotation
+    )
     assert counts["problems"] == []
-    assert counts["points"] == (counts["operations"] - every // 2 - 1) // every + 1
-    for used in counts["used"].values():  # every checkpoint's turn came, but for the last one's without rotation
-        assert {"nothing", *map(str, range(SAVE_EVERY, KILLED, SAVE_EVERY))} <= used.keys()
-    record_property("count", summary(trainer, rotation, counts))
+    for who, seen in counts["killed"].items():
+        step = of_one if "alone" in who else every
+        assert seen["points"] == len(range(every // 2, seen["operations"], step))
+    for used in next(iter(counts["killed"].values()))["used"].values():  # every one's turn came, but for the last's
+        assert {"0", *map(str, range(SAVE_EVERY, KILLED, SAVE_EVERY))} <= used.keys()
+    for line in summary(trainer, rotation, counts):
+        record_property("count", line)
