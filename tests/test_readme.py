@@ -184,6 +184,7 @@ NAMES: dict[str, Callable[[], dict[str, Any]]] = {
     "When a run is interrupted": with_checkpoints,
     "Your own loop": with_a_loop,
     "Your own loop 2": with_accelerate,
+    "Your own loop 3": with_accelerate,
     "Sharded models": with_an_average,
     "Aligning a policy: anchors and resets": lambda: dict.fromkeys(("GRPOTrainer", "DPOTrainer"), transformers_trainer),
     "Aligning a policy: anchors and resets 2": with_a_reference,
