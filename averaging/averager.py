@@ -174,6 +174,10 @@ class Averager(ABC):
         """What is kept, where and how many bytes, in a few words; by default one copy in float32 or better."""
         return f"an average; {self._cost(weights)}"
 
+    def shortage(self, weights: Weights) -> str | None:
+        """Why there is no room for all that is to be kept, if that can be told beforehand."""
+        return None
+
     def first_average(self, after: int = 0) -> int | None:
         """The first optimizer step later than ``after`` at which there is an average; None if it cannot be told."""
         return next(self._due_steps(after), None)
@@ -329,6 +333,8 @@ class Averager(ABC):
         layout = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in weights.items()}
         if self._layout is None:
             self._layout = layout
+            if process()[0] == 0 and (shortage := self.shortage(weights)) is not None:
+                warnings.warn(f"{self.name}: {shortage}", stacklevel=2)
         elif layout != self._layout:
             self._explain(layout)
         return weights

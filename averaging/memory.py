@@ -59,6 +59,22 @@ class Memory(ABC):
     def cost(self, weights: Weights) -> str:
         """What one set of ``weights`` costs, and where."""
 
+    def room(self, weights: Weights) -> tuple[int, str] | None:
+        """The bytes free where ``weights`` would be stored, and where that is; None where it cannot be told."""
+        return None
+
+    def shortage(self, weights: Weights, copies: int) -> str | None:
+        """Why there is no room for so many sets of ``weights``, or None."""
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # on this machine, as torchrun tells them
+        needed, room = copies * sum(tensor.nbytes for tensor in weights.values()) * processes, self.room(weights)
+        if room is None or needed <= room[0]:
+            return None
+        of_all = f" in {processes} processes" if processes > 1 else ""
+        return (
+            f"{copies} snapshots are {size(needed)}{of_all}, but {size(room[0])} are free {room[1]}: make room, keep "
+            "fewer, or give another memory="
+        )
+
     def save(self, key: str, file: Path) -> None:
         """Write the weights under ``key`` to ``file``, a safetensors file."""
         save_weights(self[key], file)
@@ -83,6 +99,12 @@ class TensorMemory(Memory):
 
     def cost(self, weights: Weights) -> str:
         return f"{_bytes(weights)} {place(self._home(tensor) for tensor in weights.values())}"
+
+    def room(self, weights: Weights) -> tuple[int, str] | None:
+        if any(self._home(tensor).type != "cpu" for tensor in weights.values()):
+            return None
+        free = free_memory()
+        return None if free is None else (free, "in CPU memory")
 
     def _home(self, tensor: Tensor) -> torch.device:
         return tensor.device if self._device is None else torch.device(self._device)
@@ -223,6 +245,10 @@ class DiskMemory(Memory):
     def cost(self, weights: Weights) -> str:
         return f"{_bytes(weights)} in {self._folder}"
 
+    def room(self, weights: Weights) -> tuple[int, str] | None:
+        there = next(folder for folder in (self._folder, *self._folder.absolute().parents) if folder.exists())
+        return shutil.disk_usage(there).free, f"in {self._folder}"
+
     def clear(self) -> None:
         if self._cleanup is not None:
             self._cleanup()
@@ -231,6 +257,19 @@ class DiskMemory(Memory):
     def __getstate__(self) -> dict[str, object]:
         # A copy made by pickling must not delete the files of the original.
         return {"_folder": self._folder, "_run": None, "_cleanup": None}
+
+
+def free_memory() -> int | None:
+    """Bytes of CPU memory that can be had without swapping, within the limit of a container; None if unknown."""
+    try:
+        [line] = [line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable:")]
+        free = int(line.split()[1]) * 1024
+    except (OSError, ValueError):
+        return None  # not Linux
+    try:
+        return min(free, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    except (OSError, ValueError):  # no container, or one without a limit
+        return free
 
 
 def _link(source: Path, target: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from averaging import EMA, LAWA, SWA, load_into
+from averaging import BEMA, EMA, LAWA, SWA, load_into
 from averaging.memory import SnapshotFile
 
 
@@ -84,6 +84,23 @@ def test_lawa_on_disk_never_reads_stale_files_and_cleans_up(tmp_path):
     assert len(list(tmp_path.rglob("*.safetensors"))) == 3
     del one, other
     assert not list(tmp_path.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("memory", ["cpu", "pinned", "a folder"])
+def test_a_ring_that_will_not_fit_is_told_of_beforehand(tmp_path, monkeypatch, memory):
+    place = tmp_path / "not" / "yet" if memory == "a folder" else memory
+    monkeypatch.setattr("averaging.memory.free_memory", lambda: 3500)
+    monkeypatch.setattr(
+        "averaging.memory.shutil.disk_usage", lambda folder: SimpleNamespace(free=3500 if folder.exists() else -1)
+    )
+    weights = {"w": torch.zeros(250), "v": torch.zeros(2)}
+    LAWA(k=3, every=1, memory=place).update(weights)
+    where = f"in {place}" if memory == "a folder" else "in CPU memory"
+    with pytest.warns(UserWarning, match=f"lawa: 4 snapshots are 4.0 kB, but 3.5 kB are free {where}: make room"):
+        LAWA(k=(2, 4), every=1, memory=place).update(weights)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    with pytest.warns(UserWarning, match="bema: 2 snapshots are 16.1 kB in 8 processes"):
+        BEMA(every=1, memory=place).update(weights, 0)
 
 
 def test_a_full_disk_is_a_clear_error_and_the_ring_stays_whole(tmp_path, monkeypatch):

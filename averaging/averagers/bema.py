@@ -105,6 +105,9 @@ class BEMA(Averager):
     def describe(self, weights: Weights) -> str:
         return f"EMA with its lag corrected; {self._cost(weights)}, and 2 × {self._memory.cost(weights)}"
 
+    def shortage(self, weights: Weights) -> str | None:
+        return self._memory.shortage(weights, 2)
+
     @property
     def ready(self) -> bool:
         return self._latest is not None

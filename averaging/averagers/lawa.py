@@ -107,6 +107,9 @@ class LAWA(Averager):
         windows = " and ".join(map(str, self.windows))
         return f"mean of the latest {windows} snapshots; {max(self.windows)} × {self._memory.cost(weights)}"
 
+    def shortage(self, weights: Weights) -> str | None:
+        return self._memory.shortage(weights, max(self.windows))
+
     def problem(self) -> str | None:
         if (problem := super().problem()) is not None or self.run.steps is None:
             return problem
