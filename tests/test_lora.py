@@ -45,6 +45,10 @@ def adapter(folder, seed, **settings):
 
 
 def merged(folder):
+    if str(folder).endswith(".safetensors"):
+        model = Base()
+        model.load_state_dict(load_file(folder))
+        return model
     return peft.PeftModel.from_pretrained(Base(), folder).merge_and_unload()
 
 
@@ -211,6 +215,10 @@ def test_other_errors(tmp_path, capsys):
         uniform([a, b], tmp_path / "out", **product)
     with pytest.raises(ValueError, match="one of the ingredients"):
         uniform([a, b], a, force=True, **product)
+    save_file(Base().state_dict(), tmp_path / "base.safetensors")
+    adapter(tmp_path / "head", 4, modules_to_save=["head"])
+    with pytest.raises(ValueError, match="besides LoRA factors"):
+        wise_ft(tmp_path / "base.safetensors", tmp_path / "head", tmp_path / "x", **product)
     with pytest.raises(ValueError, match="lora='sum'"):
         uniform([a, b], lora="sum")
     adapter(tmp_path / "wide", 3, r=4)
@@ -231,6 +239,12 @@ def test_every_linear_method(tmp_path):
     same(merged(tmp_path / "wise"), mean_model([a, b], [0.7, 0.3]))
     task(a, [b, c], tmp_path / "task", scale=0.5, weights=[1, -2], **PRODUCT)
     same(merged(tmp_path / "task"), mean_model(folders, [1.5, 0.5, -1]))
+    base = tmp_path / "base.safetensors"  # where adapters start: their products are zero
+    save_file(Base().state_dict(), base)
+    task(base, [b, c], tmp_path / "added", scale=0.5, weights=[1, -2], **PRODUCT)
+    same(merged(tmp_path / "added"), mean_model([base, b, c], [1.5, 0.5, -1]))
+    wise_ft(base, b, tmp_path / "half", alpha=0.5, lora="product")
+    same(merged(tmp_path / "half"), mean_model([base, b], [0.5, 0.5]))
     rewarded([a, b], tmp_path / "rewarded", share=0.25, **PRODUCT)
     same(merged(tmp_path / "rewarded"), mean_model([a, b], [0.75, 0.25]))
     series("wise-ft", [b], [0, 0.5], tmp_path / "series", init=a, **PRODUCT)

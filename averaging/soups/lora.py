@@ -54,6 +54,7 @@ class Adapters:
     Args:
         adapters: at least one.
         rank: of all modules. ``None``: for each module the largest rank that it has in an adapter.
+        plain: they must hold nothing but factors, as the base model, which is combined with them, does not.
 
     Attributes:
         model: the result, of which there is no file yet: what it holds, and its configuration.
@@ -64,7 +65,7 @@ class Adapters:
         ValueError: what is not plain LoRA, or of another base model; a rank less than 1.
     """
 
-    def __init__(self, adapters: Sequence[Checkpoint], rank: int | None) -> None:
+    def __init__(self, adapters: Sequence[Checkpoint], rank: int | None, *, plain: bool = False) -> None:
         if rank is not None and not (type(rank) is int and rank >= 1):
             raise ValueError(f"lora_rank={rank}: an adapter's rank (--lora-rank) must be a whole number, at least 1")
         self.adapters = adapters
@@ -96,6 +97,11 @@ class Adapters:
             (a, b), r = held[0], self.ranks[module]
             shapes[names[0]], shapes[names[1]] = (r, *a[1:]), (b[0], r, *b[2:])
         for name in sorted(entries.keys() - factors):
+            if plain and not name.endswith(BIAS):
+                raise ValueError(
+                    f"the adapters hold {name!r} besides LoRA factors, which is not combined with the base model: name "
+                    "the adapter that they started from as the initial one (--init)"
+                )
             for adapter in adapters:
                 if not name.endswith(BIAS) and (
                     name not in adapter.entries or adapter.entries[name].shape != entries[name].shape

@@ -64,7 +64,8 @@ class Soup:
     Args:
         models: the ingredients.
         output: where it is written, if anywhere.
-        init: the model that the others were fine-tuned from. The soup is then θ_init + Σ cᵢ (θᵢ − θ_init).
+        init: the model that the others were fine-tuned from. The soup is then θ_init + Σ cᵢ (θᵢ − θ_init). For the
+            products of adapters it may also be their base model.
         weights: one number per model, or name → one per model for each floating-point tensor; ``None`` stands for ones.
         divisor: what the weights are divided by to give the coefficients.
         formula: gives the coefficients of each tensor instead of the weights.
@@ -107,6 +108,8 @@ class Soup:
         for option in [option for option, given in unfit.items() if given and lora == "product"]:
             raise ValueError(f"{option} has no meaning for --lora product (lora='product'); leave it out")
         self.init = None if init is None else initial(init, models)
+        # Adapters' own base model is where all of their products are zero.
+        zero = self.init if lora == "product" and self.init is not None and self.init.kind != "peft" else None
         self.method, self.facts, self.twins = method, dict(facts or {}), twins
         self.formula, self.allow_nonfinite = formula, allow_nonfinite
         self.products: Products | None = None
@@ -124,6 +127,8 @@ class Soup:
             self.weights = with_init([weight / divisor for weight in self.weights or [1.0] * len(models)])
             divisor = 1.0
         self.divisor = divisor
+        if zero is not None and self.weights is not None:
+            self.init, self.ingredients, self.weights = None, self.ingredients[1:], self.weights[1:]
         if only is not None or skip is not None:
             like = self.ingredients[-1] if like is None else like
             self.ingredients = [narrowed(ingredient, only, skip) for ingredient in self.ingredients]
@@ -133,7 +138,7 @@ class Soup:
         self.adapters: Adapters | None = None
         self.template: Checkpoint | None = None
         if lora == "product":
-            self.adapters = Adapters(self.ingredients, lora_rank)
+            self.adapters = Adapters(self.ingredients, lora_rank, plain=zero is not None)
             self.model = self.adapters.model
             self.facts |= {"lora": lora, "lora_rank": lora_rank}
         else:
