@@ -621,12 +621,15 @@ def _again(options: argparse.Namespace) -> Soup:
 def _take_recipe(options: argparse.Namespace) -> None:
     """Put the recipe that the options name in the place of those that were not given."""
     from averaging.recipe import read
+    from averaging.soups.output import check_place
 
     values, options.layers = read(options.recipe, parser())
     for name, value in values.items():
         given = getattr(options, name)
         if given is None or given is False or given == []:
             setattr(options, name, value)
+    if options.output is not None:
+        check_place(options.output, [options.recipe], "recipe")
     if not options.paths:
         raise ValueError(f"{options.recipe} has no ingredients, and no PATH was given")
     if options.layers and (options.sweep or options.post_hoc or options.method in SEARCHES):

@@ -50,6 +50,7 @@ _DTYPES = (
 )
 TORCH_NAME = {code: name for code, name, _ in _DTYPES}
 CODE = {name: code for code, name, _ in _DTYPES}
+FLOATS = ("bfloat16", "float16", "float32", "float64")
 BITS = {name: bits for _, name, bits in _DTYPES}
 
 _WORDS: tuple[tuple[int, Literal["Q", "I", "H", "B"]], ...] = ((8, "Q"), (4, "I"), (2, "H"), (1, "B"))

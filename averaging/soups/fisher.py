@@ -20,6 +20,7 @@ from averaging.atomic import replacing
 from averaging.checkpoints import Checkpoint, Entry
 from averaging.checkpoints.finding import FISHER_KEY
 from averaging.soups.evaluation import fingerprint
+from averaging.soups.output import check_place
 from averaging.soups.soup import Options, PathLike, Paths, Products, Soup, check_numbers, opened
 from averaging.soups.template import named_like
 
@@ -245,6 +246,8 @@ class Fisher(Soup):
             facts={"floor": float(floor), "fisher": places, **(facts or {})},
             **options,
         )
+        if output is not None:
+            check_place(output, [one.path for one in self.fishers], "Fisher information")
         self.fishers = [self._fitting(one) for one in self.fishers]
         first = self.fishers[0]
         for other in self.fishers[1:]:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from averaging.checkpoints import Checkpoint, Entry
 from averaging.checkpoints.checkpoint import ADAPTER_CONFIG, ADAPTER_FILE
-from averaging.checkpoints.files import nbytes
+from averaging.checkpoints.files import FLOATS, nbytes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,7 +45,6 @@ _OTHER = {
 _PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")  # others change the base model's weights
 _SAME = ("base_model_name_or_path", "peft_type", "task_type", "fan_in_fan_out")
 _CHOOSING = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
-FLOATS = ("bfloat16", "float16", "float32", "float64")
 
 
 class Adapters:

@@ -7,7 +7,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,26 @@ _COPIED_FOLDERS = {"additional_chat_templates"}
 # Facts of a configuration that decide what the weights mean.
 _ARCHITECTURE = ("model_type", "architectures", "num_attention_heads", "num_key_value_heads", "rope_theta")
 _ADAPTER = ("base_model_name_or_path", "peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
+
+
+def check_place(
+    output: str | os.PathLike[str], inputs: Iterable[str | os.PathLike[str]], what: str = "ingredient"
+) -> None:
+    """Refuse an output that would take the place of what is read, which ``what`` names.
+
+    Raises:
+        ValueError: one is the other, or lies in it.
+    """
+    here = Path(os.path.realpath(output))
+    for path in inputs:
+        there = Path(os.path.realpath(path))
+        if here == there:
+            which = "one of the ingredients" if what == "ingredient" else f"the {what}"
+            raise ValueError(f"the output {output} is {which}; choose another place")
+        if there in here.parents:
+            raise ValueError(f"the output {output} lies inside the {what} {path}")
+        if here in there.parents:
+            raise ValueError(f"the {what} {path} lies inside the output {output}")
 
 
 def check_alike(ingredients: Sequence[Checkpoint], chosen: bool = False) -> None:
@@ -134,7 +154,7 @@ class Output:
         self.converted = converted
         self.folder = self.path.suffix != ".safetensors"
         self.files = self._files(dtypes)
-        self._check_place([*ingredients, model])
+        check_place(self.path, [ingredient.path for ingredient in (*ingredients, model)])
         self._check_existing(force)
         self.check_room()
 
@@ -236,17 +256,6 @@ class Output:
             metadata.pop(WIDTH_KEY, None)  # the result's is another
             files.append(File(file, {name: (dtypes[name], model.entries[name].shape) for name in order}, metadata))
         return files
-
-    def _check_place(self, ingredients: Sequence[Checkpoint]) -> None:
-        here = Path(os.path.realpath(self.path))
-        for ingredient in ingredients:
-            there = Path(os.path.realpath(ingredient.path))
-            if here == there:
-                raise ValueError(f"the output {self.path} is one of the ingredients; choose another place")
-            if there in here.parents:
-                raise ValueError(f"the output {self.path} lies inside the ingredient {ingredient.path}")
-            if here in there.parents:
-                raise ValueError(f"the ingredient {ingredient.path} lies inside the output {self.path}")
 
     def _check_existing(self, force: bool) -> None:
         if not os.path.lexists(self.path):

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
@@ -501,6 +502,7 @@ def versions() -> dict[str, str]:
     return {package: _version(package) for package in ("averaging", "torch", "safetensors")}
 
 
+@cache
 def _version(package: str) -> str:
     try:
         return version(package)

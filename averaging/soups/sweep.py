@@ -25,6 +25,7 @@ from averaging.decay import Decay, check_decay
 from averaging.soups import plots
 from averaging.soups.ema import check_ema, ema_weights
 from averaging.soups.evaluation import Best, Evaluate, Progress, check_best, evaluating, title
+from averaging.soups.output import check_place
 from averaging.soups.post_hoc import rebuilding, snapshots
 from averaging.soups.soup import Options
 from averaging.soups.uniform import Uniform
@@ -151,8 +152,9 @@ def sweep(
     plans = plan(paths, {axis: values for axis, values in axes.items() if values}, at, **options)
     plots.check_plot(plot, output, force)
     table = None if output is None else Path(f"{Path(output)}.sweep.csv")
-    if table is not None:
+    if output is not None and table is not None:
         plans[0].soup(output=output, force=force)  # complains now about what would be found wrong at the end
+        check_place(output, {one.path for each in plans for one in each.ingredients})
         if table.exists() and not force:
             raise FileExistsError(f"{table} exists already; pass --force (force=True) to replace it")
     cells = []
@@ -184,6 +186,7 @@ class Plan:
     setting: Setting
     step: int
     soup: Callable[..., Uniform]
+    ingredients: Sequence[Checkpoint]
 
 
 def plan(
@@ -204,9 +207,15 @@ def plan(
         folder = named[0]
         if len(named) > 1 or isinstance(folder, Checkpoint):
             raise ValueError("post_hoc takes a single folder, that of PostHocEMA's snapshots")
-        ends = _ends(sorted({step for _, step, _ in snapshots(folder)}), at)
+        found = snapshots(folder)
+        ends = _ends(sorted({step for _, step, _ in found}), at)
         return [
-            Plan(setting, step, partial(rebuilding, folder, setting["post_hoc"], step, **options))
+            Plan(
+                setting,
+                step,
+                partial(rebuilding, folder, setting["post_hoc"], step, **options),
+                [checkpoint for checkpoint, _, _ in found],
+            )
             for setting in settings
             for step in ends
         ]
@@ -227,7 +236,7 @@ def plan(
             if "decay" in setting:
                 weights = ema_weights([checkpoint.step or 0 for checkpoint in chosen], setting["decay"])
             soup = partial(Uniform, chosen, weights=weights, method="sweep", **options)
-            plans.append(Plan(setting, steps[end], soup))
+            plans.append(Plan(setting, steps[end], soup, chosen))
     if not plans:
         raise ValueError(f"no setting fits: there are only {len(checkpoints)} checkpoints")
     return plans

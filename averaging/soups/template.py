@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 
 from averaging.checkpoints import Checkpoint
-from averaging.checkpoints.files import opening
+from averaging.checkpoints.files import FLOATS, opening
 from averaging.checkpoints.finding import TEMPLATE
 
 
@@ -76,6 +76,12 @@ def _names(template: Checkpoint, ingredient: Checkpoint) -> dict[str, str]:
             raise ValueError(
                 f"tensor {name!r} has shape {list(entry.shape)} in {ingredient.path} but "
                 f"{list(template.entries[known].shape)} in {template.path}: it is another model's"
+            )
+        one, other = entry.dtype, template.entries[known].dtype
+        if one != other and not {one, other} <= {*FLOATS}:
+            raise ValueError(
+                f"tensor {name!r} has dtype {one} in {ingredient.path} but {other} in {template.path}: it is another "
+                "model's"
             )
         names[name] = known
     return names
