@@ -83,7 +83,7 @@ ARGUMENTS = {"lambda": "share", "slerp_weights": "weights"}  # what some options
 SEARCHES = ("greedy", "ranked", "learned", "search", "lm-cocktail")
 EVALUATING = ("evaluate", "evaluate_command", "metric", "best", "plot")
 OWN = sorted({name for names in METHODS.values() for name in names})
-CHOICES = ("like", "dtype", "allow_nonfinite", "only", "skip", "lora", "lora_rank")
+CHOICES = ("like", "dtype", "allow_nonfinite", "only", "skip", "lora", "lora_rank", "force")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -326,7 +326,7 @@ def _inspect(options: argparse.Namespace) -> None:
     which = {"only": options.only, "skip": options.skip}
     evaluating = options.evaluate or options.evaluate_command
     if evaluating:
-        settings = _evaluating(options, "soup inspect")("")
+        settings = _evaluating(options, "soup inspect", None)
         check_plot(options.plot, None, options.force)
     else:
         _refuse(options, "soup inspect without --evaluate", "metric", "best", "points", "cache", "plot")
@@ -357,7 +357,7 @@ def _run(options: argparse.Namespace, team: Team) -> None:
             return
         if options.method in SEARCHES:
             _alone(team, f"--method {options.method}")
-            (_cocktail if options.method == "lm-cocktail" else _search)(options)
+            _search(options)
             return
         if varied and (options.evaluate or options.evaluate_command):
             _alone(team, "an evaluation")
@@ -388,24 +388,22 @@ def _run(options: argparse.Namespace, team: Team) -> None:
 
 
 def _sweep(options: argparse.Namespace) -> None:
-    from averaging.checkpoints import gather, select
     from averaging.soups.sweep import label, plan, sweep
 
     began = time.monotonic()
     _refuse(options, "--sweep", "post_hoc", "method", *OWN)
-    evaluating = _evaluating(options, "--sweep")
+    output = _output(options)
+    evaluating = _evaluating(options, "--sweep", output)
     axes = dict(options.sweep)
     if len(axes) < len(options.sweep):
         raise ValueError("--sweep names one axis twice; give all its values at once: --sweep window=1,2,5")
     paths = options.paths
     if "post_hoc" not in axes:
-        paths = select(gather(paths), options.last, options.every)
+        paths = _ingredients(options)
     else:
         _refuse(options, "--sweep post-hoc", "last", "every")
-    choices = {name: getattr(options, name) for name in CHOICES}
-    output = _output(options)
     if options.dry_run:
-        plans = plan(paths, axes, options.at, **choices)
+        plans = plan(paths, axes, options.at, **_choices(options))
         _print("\n".join(f"{label(each.setting)} at step {each.step}" for each in plans))
         _print(f"{len(plans)} averages to evaluate; the best to {output}")
         return
@@ -413,13 +411,12 @@ def _sweep(options: argparse.Namespace) -> None:
         result = sweep(
             paths,
             output=output,
-            **evaluating(output),
+            **evaluating,
             **axes,
             at=options.at,
-            force=options.force,
             plot=_plot(options, output, "sweep"),
             progress=progress,
-            **choices,
+            **_choices(options),
         )
     if not options.quiet:
         _print(result.table())
@@ -428,73 +425,49 @@ def _sweep(options: argparse.Namespace) -> None:
 
 
 def _search(options: argparse.Namespace) -> None:
-    from averaging.checkpoints import gather, select
     from averaging.soups.greedy import greedy, ranked
     from averaging.soups.learned import learned
+    from averaging.soups.lm_cocktail import lm_cocktail
+    from averaging.soups.measures import Measure
     from averaging.soups.search import search
 
     began = time.monotonic()
-    method = f"--method {options.method}"
-    _refuse(options, method, "post_hoc", "at", *(name for name in OWN if name not in METHODS[options.method]))
-    evaluating = (_losing if options.method == "learned" else _evaluating)(options, method)
-    models, output = select(gather(options.paths), options.last, options.every), _output(options)
-    if options.dry_run:
-        _print("\n".join(f"{model.path} ({size(model.nbytes)})" for model in models))
-        _print(f"{len(models)} checkpoints to evaluate, and soups of them; the best to {output}")
-        return
-    choices: Any = {name: getattr(options, name) for name in (*CHOICES, "force")}
-    own = {name: value for name in METHODS[options.method] if (value := getattr(options, name)) is not None}
-    own.pop("loss", None)
+    method, own = _method(options)
+    what = f"--method {method}"
+    _refuse(options, what, "post_hoc")
+    if method == "lm-cocktail":
+        if isinstance(options.alpha, list):
+            raise ValueError(f"{what} takes one --alpha, not a range")
+        if options.alpha is not None and options.target is None:
+            raise ValueError("--alpha is the share of a --target; name it, or leave --alpha out")
+    output = _output(options)
+    own |= (_losing if method == "learned" else _evaluating)(options, what, output)
     if own.get("normalize") == "none":
         own["normalize"] = None
-    with _counter(hidden=options.quiet) as progress:
-        settings = {"output": output, "progress": progress, **evaluating(output), **choices}
-        if options.method == "ranked":
-            if options.top is None:
-                raise ValueError("--method ranked needs --top")
-            _refuse(options, method, "plot")
-            result: Any = ranked(models, top=options.top, **settings)
-        else:
-            methods: Any = {"greedy": greedy, "learned": learned, "search": search}
-            result = methods[options.method](models, plot=_plot(options, output, options.method), **settings, **own)
-    if not options.quiet:
-        _print(result.table())
-        seconds = time.monotonic() - began
-        if options.method in ("learned", "search"):
-            what, metric = f"{options.method} soup of {len(models)}, best of {len(result.tried)}", result.best.metric
-        else:
-            what = f"{options.method} soup of {sum(one.kept for one in result.tried)} out of {len(models)}"
-            metric = result.metric
-        _print(f"{output}: {what}, {metric:.6g}, {seconds:.1f} s")
-
-
-def _cocktail(options: argparse.Namespace) -> None:
-    from averaging.checkpoints import gather, select
-    from averaging.soups.lm_cocktail import lm_cocktail
-    from averaging.soups.measures import Measure
-
-    began = time.monotonic()
-    method, own = _method(options)
-    _refuse(options, f"--method {method}", "post_hoc", "plot")
-    if isinstance(options.alpha, list):
-        raise ValueError(f"--method {method} takes one --alpha, not a range")
-    if options.alpha is not None and options.target is None:
-        raise ValueError("--alpha is the share of a --target; name it, or leave --alpha out")
-    evaluating = _evaluating(options, f"--method {method}")
-    models, output = select(gather(options.paths), options.last, options.every), _output(options)
+    if method == "lm-cocktail" and options.metric is None and isinstance(own["evaluate"], Measure):
+        own |= {"metric": "loss", "best": options.best or "min"}
+    if method in ("greedy", "learned", "search"):
+        own["plot"] = _plot(options, output, method)
+    else:
+        _refuse(options, what, "plot")
+    models = _ingredients(options)
     if options.dry_run:
         _print("\n".join(f"{model.path} ({size(model.nbytes)})" for model in models))
-        _print(f"{len(models)} checkpoints to evaluate; the soup of them to {output}")
+        _print(f"{len(models)} checkpoints to evaluate, and soups of them; what comes of it to {output}")
         return
-    choices: Any = {name: getattr(options, name) for name in (*CHOICES, "force")}
-    choices |= evaluating(output)
-    if options.metric is None and isinstance(choices["evaluate"], Measure):
-        choices |= {"metric": "loss", "best": options.best or "min"}
+    methods: dict[str, Callable[..., Any]] = {"greedy": greedy, "ranked": ranked, "lm-cocktail": lm_cocktail}
+    methods |= {"learned": learned, "search": search}
     with _counter(hidden=options.quiet) as progress:
-        result = lm_cocktail(models, output=output, progress=progress, **own, **choices)
+        result = methods[method](models, output=output, progress=progress, **own, **_choices(options))
     if not options.quiet:
         _print(result.table())
-        _print(f"{output}: {method} of {len(result.models)}, {time.monotonic() - began:.1f} s")
+        if method == "lm-cocktail":
+            told = f"{len(result.models)}"
+        elif method in ("learned", "search"):
+            told = f"{len(models)}, best of {len(result.tried)}, {result.best.metric:.6g}"
+        else:
+            told = f"{sum(one.kept for one in result.tried)} out of {len(models)}, {result.metric:.6g}"
+        _print(f"{output}: {method} soup of {told}, {time.monotonic() - began:.1f} s")
 
 
 def _series(options: argparse.Namespace, coefficient: str) -> list[Soup]:
@@ -511,7 +484,8 @@ def _curve(options: argparse.Namespace, coefficient: str) -> None:
     from averaging.soups.curve import Family, curve
 
     began = time.monotonic()
-    evaluating, output = _evaluating(options, f"--{coefficient}"), options.output
+    output = options.output
+    evaluating = _evaluating(options, f"--{coefficient}", output)
     method, paths, values, settings = _along(options, coefficient)
     plot = _plot(options, output, "curve")
     if options.dry_run:
@@ -520,7 +494,7 @@ def _curve(options: argparse.Namespace, coefficient: str) -> None:
         _print(f"{len(values)} soups to evaluate" + (f"; the best to {output}" if output else ""))
         return
     with _counter(hidden=options.quiet) as progress:
-        settings |= {"output": output, "plot": plot, "progress": progress, **evaluating(output)}
+        settings |= {"output": output, "plot": plot, "progress": progress, **evaluating}
         result = curve(method, paths, values, **settings)
     if not options.quiet:
         _print(result.table())
@@ -531,16 +505,14 @@ def _curve(options: argparse.Namespace, coefficient: str) -> None:
 
 def _along(options: argparse.Namespace, coefficient: str) -> tuple[str, list[Checkpoint], list[float], dict[str, Any]]:
     """Method, ingredients, values of the coefficient, and the other arguments."""
-    from averaging.checkpoints import gather, select
-
     method, own = _method(options)
     values = own.pop(ARGUMENTS.get(coefficient, coefficient))
-    own |= {name: getattr(options, name) for name in (*CHOICES, "force")} | {"layers": _layers(options, method)}
-    return method, select(gather(options.paths), options.last, options.every), values, own
+    own |= {"layers": _layers(options, method), **_choices(options)}
+    return method, _ingredients(options), values, own
 
 
-def _evaluating(options: argparse.Namespace, what: str) -> Callable[[str | Path | None], dict[str, Any]]:
-    """What a search takes that writes to a certain output: how soups are evaluated, and where results are kept."""
+def _evaluating(options: argparse.Namespace, what: str, output: str | Path | None) -> dict[str, Any]:
+    """What a search takes that writes to ``output``: how soups are evaluated, and where results are kept."""
     from averaging.soups.evaluation import Command, Evaluate
     from averaging.soups.measures import MEASURES
 
@@ -560,12 +532,12 @@ def _evaluating(options: argparse.Namespace, what: str) -> Callable[[str | Path 
         best = best or (measure.best if metric == measure.metric else "min")
     else:
         evaluate = Command(options.evaluate_command) if options.evaluate is None else _function(options.evaluate)
-    choices = {"evaluate": evaluate, "metric": metric, "best": best or "min"}
-    return lambda output: {**choices, "cache": None if output is None else f"{Path(output)}.evaluations.json"}
+    cache = None if output is None else f"{Path(output)}.evaluations.json"
+    return {"evaluate": evaluate, "metric": metric, "best": best or "min", "cache": cache}
 
 
-def _losing(options: argparse.Namespace, what: str) -> Callable[[str | Path], dict[str, Any]]:
-    """What learning takes that writes to a certain output: the model, its loss and batches, and where the state is."""
+def _losing(options: argparse.Namespace, what: str, output: str | Path) -> dict[str, Any]:
+    """What learning takes that writes to ``output``: the model, its loss and batches, and where the state is."""
     _refuse(options, what, *(name for name in EVALUATING if name != "plot"))
     if options.loss is None:
         raise ValueError(
@@ -579,8 +551,7 @@ def _losing(options: argparse.Namespace, what: str) -> Callable[[str | Path], di
         raise ValueError(
             f"--loss {options.loss}: must return (model, loss, batches), but: {type(error).__name__}: {error}"
         ) from error
-    choices = {"model": model, "loss": loss, "batches": batches}
-    return lambda output: {**choices, "cache": f"{Path(output)}.learned.json"}
+    return {"model": model, "loss": loss, "batches": batches, "cache": f"{Path(output)}.learned.json"}
 
 
 def _function(text: str, option: str = "--evaluate") -> Callable[..., Any]:
@@ -638,7 +609,6 @@ def _take_recipe(options: argparse.Namespace) -> None:
 
 
 def _soup(options: argparse.Namespace) -> Soup:
-    from averaging.checkpoints import gather, select
     from averaging.soups.ema import EMA
     from averaging.soups.fisher import Fisher
     from averaging.soups.model_stock import ModelStock
@@ -651,7 +621,6 @@ def _soup(options: argparse.Namespace) -> Soup:
     from averaging.soups.warp import Warp
     from averaging.soups.wise_ft import WiseFT
 
-    choices = {name: getattr(options, name) for name in (*CHOICES, "force")}
     if options.post_hoc is not None:
         _refuse(options, "--post-hoc", "last", "every", "method", *OWN)
         if len(options.paths) > 1:
@@ -659,12 +628,11 @@ def _soup(options: argparse.Namespace) -> Soup:
         if options.at and len(options.at) > 1:
             raise ValueError("--post-hoc makes one average: give --at a single step")
         step = options.at[0] if options.at else None
-        return rebuilding(options.paths[0], options.post_hoc, step, _output(options), **choices)
+        return rebuilding(options.paths[0], options.post_hoc, step, _output(options), **_choices(options))
     method, own = _method(options)
-    ingredients = select(gather(options.paths), options.last, options.every)
     soups = {"uniform": Uniform, "wise-ft": WiseFT, "task": Task, "slerp": Slerp, "model-stock": ModelStock, "ema": EMA}
     soups |= {"warp": Warp, "rewarded": Rewarded, "fisher": Fisher}
-    make = partial(cast("Callable[..., Soup]", soups[method]), ingredients, **own, **choices)
+    make = partial(cast("Callable[..., Soup]", soups[method]), _ingredients(options), **own, **_choices(options))
     return layered(make, _layers(options, method), output=_output(options))
 
 
@@ -683,7 +651,7 @@ def _method(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     _refuse(options, "a soup without --post-hoc or --sweep", "at")
     method = options.method or "uniform"
     _refuse(options, f"--method {method}", *(name for name in OWN if name not in METHODS[method]))
-    for needed in {"init", "decay"} & set(METHODS[method]):
+    for needed in {"init", "decay", "top"} & set(METHODS[method]):
         if getattr(options, needed) is None:
             raise ValueError(f"--method {method} needs --{needed}")
     return method, _arguments({name: getattr(options, name) for name in METHODS[method]})
@@ -695,6 +663,17 @@ def _arguments(options: Mapping[str, Any]) -> dict[str, Any]:
     if "slerp_weights" in options and "weights" in given:
         given["weights"] = list(itertools.chain.from_iterable(given["weights"]))
     return given
+
+
+def _ingredients(options: argparse.Namespace) -> list[Checkpoint]:
+    from averaging.checkpoints import gather, select
+
+    return select(gather(options.paths), options.last, options.every)
+
+
+def _choices(options: argparse.Namespace) -> Any:
+    """What all methods take."""
+    return {name: getattr(options, name) for name in CHOICES}
 
 
 def _refuse(options: argparse.Namespace, what: str, *names: str) -> None:

@@ -94,7 +94,7 @@ def test_the_command_caches_and_its_record_cooks_the_same(family, tmp_path, monk
     assert soup(*command, "--dry-run") == 0
     assert "3 checkpoints to evaluate" in capsys.readouterr().out
     assert soup(*command) == 0
-    assert "lm-cocktail of 3" in capsys.readouterr().out
+    assert "lm-cocktail soup of 3" in capsys.readouterr().out
     close(load_file("out.safetensors"), models[:3], shares(models[:3], 2.0))
     assert soup(*command, "--force", "--target", paths[3], "--alpha", 0.25) == 0
     expected = [*(0.75 * share for share in shares(models[:3], 2.0)), 0.25]
