@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from averaging.atomic import replacing, staging_folder
 from averaging.checkpoints import Checkpoint
@@ -111,7 +111,7 @@ class Evaluation:
         assert isinstance(soup, Checkpoint)
         if self.cache is None:
             return check(self._ask(soup, what), what)
-        key = f"{_name(self.evaluate)} {fingerprint(soup)}"
+        key = f"{name_of(self.evaluate)} {fingerprint(soup)}"
         if key not in self.known:
             value = self._ask(soup, what)
             check(value, what)
@@ -198,10 +198,11 @@ def title(evaluate: Evaluate, metric: str | None) -> str:
     return metric or (name if name.isidentifier() else "metric")
 
 
-def _name(evaluate: Evaluate) -> str:
-    if isinstance(evaluate, Command):
-        return evaluate.__name__
-    if isinstance(evaluate, Measure):
-        return evaluate.key
-    module = getattr(evaluate, "__module__", "")
-    return f"{module}:{getattr(evaluate, '__qualname__', type(evaluate).__qualname__)}"
+def name_of(function: Callable[..., Any]) -> str:
+    """What results of an evaluation or a loss are kept by."""
+    if isinstance(function, Command):
+        return function.__name__
+    if isinstance(function, Measure):
+        return function.key
+    module = getattr(function, "__module__", "")
+    return f"{module}:{getattr(function, '__qualname__', type(function).__qualname__)}"

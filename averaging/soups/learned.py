@@ -25,8 +25,8 @@ from averaging.atomic import replacing
 from averaging.checkpoints import Checkpoint
 from averaging.checkpoints.files import read_json
 from averaging.soups import plots
-from averaging.soups.evaluation import Progress, fingerprint
-from averaging.soups.inspection import layer_of
+from averaging.soups.evaluation import Progress, fingerprint, name_of
+from averaging.soups.inspection import ALL, layer_of
 from averaging.soups.soup import Options, Paths, Soup, opened
 
 if TYPE_CHECKING:
@@ -37,7 +37,6 @@ Normalize = Literal["softmax"]
 Rows = list[list[float]]
 """The coefficients: for each group of tensors one per ingredient."""
 Loss = Callable[["nn.Module", Any], "Tensor"]
-ALL = "all"
 
 
 @dataclass(frozen=True)
@@ -220,7 +219,7 @@ def learned(
     space = Space(models, output, per, "learned", options, names)
     plots.check_plot(plot, output, options.get("force", False))
     settings = {"per": per, "normalize": normalize, "lr": lr, "seed": seed}
-    state = _State(cache, {**settings, "loss": _name(loss)}, space)
+    state = _State(cache, {**settings, "loss": name_of(loss)}, space)
     load_into(model, space.soup.model)  # with what is not averaged
     total = 1 + len(models) + 2 * epochs
     tried = [Candidate(**one) for one in state.own.get("tried", [])[: 1 + len(models) + epochs]]
@@ -406,7 +405,3 @@ def _seeded(seed: int) -> Iterator[None]:
         yield
     finally:
         bring_back()
-
-
-def _name(loss: Loss) -> str:
-    return f"{getattr(loss, '__module__', '')}:{getattr(loss, '__qualname__', type(loss).__qualname__)}"

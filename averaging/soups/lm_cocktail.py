@@ -106,7 +106,8 @@ def softmax(scores: Sequence[float]) -> list[float]:
     """exp(sᵢ) / Σ exp(sⱼ)."""
     highest = max(scores)
     powers = [math.exp(score - highest) for score in scores]
-    return [power / math.fsum(powers) for power in powers]
+    total = math.fsum(powers)
+    return [power / total for power in powers]
 
 
 def _alone(model: Checkpoint, options: Any, **place: Any) -> Soup:

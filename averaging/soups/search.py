@@ -15,7 +15,9 @@ from typing import Any, Unpack
 
 from averaging.soups import plots
 from averaging.soups.evaluation import Best, Evaluate, Progress, check_best, evaluating
-from averaging.soups.learned import ALL, Candidate, Learned, Per, Rows, Space
+from averaging.soups.inspection import ALL
+from averaging.soups.learned import Candidate, Learned, Per, Rows, Space
+from averaging.soups.lm_cocktail import softmax
 from averaging.soups.soup import Options, Paths, opened
 
 
@@ -88,17 +90,10 @@ def search(
             asked: list[Any] = strategy.ask()[: evaluations - len(tried)]
             values = []
             for point in asked:
-                rows = [_softmax(row) for row in point.reshape(len(space.groups), -1).tolist()]
+                rows = [softmax(row) for row in point.reshape(len(space.groups), -1).tolist()]
                 shares = ", ".join(f"{c:.4f}" for c in rows[0])
                 about = f" ({shares})" if list(space.groups) == [ALL] else ""
                 values.append(value(f"candidate {len(tried) + 1}{about}", rows))
             if len(asked) == strategy.popsize:
                 strategy.tell(asked, values)
     return space.finish(tried, sign, plot, {"best": best, "per": per, "seed": seed, "evaluations": evaluations})
-
-
-def _softmax(row: list[float]) -> list[float]:
-    highest = max(row)
-    powers = [math.exp(a - highest) for a in row]
-    total = math.fsum(powers)
-    return [power / total for power in powers]

@@ -97,20 +97,10 @@ class Soup:
         lora: Lora | None = None,
         lora_rank: int | None = None,
     ) -> None:
-        if lora is not None and lora not in get_args(Lora):
-            raise ValueError(f"lora={lora!r}: one of {', '.join(get_args(Lora))}")
-        if lora != "product" and lora_rank is not None:
-            raise ValueError("--lora-rank (lora_rank) has no meaning without --lora product (lora='product')")
-        if lora == "product" and (formula is not None or method in ("fisher", "learned")):
-            raise ValueError(
-                f"--lora product (lora='product') is for methods that give each adapter a number, not {method}"
-            )
         unfit = {"allow_nonfinite": allow_nonfinite, "like": like, "only": only, "skip": skip}
-        for option in [option for option, given in unfit.items() if given and lora == "product"]:
-            raise ValueError(f"{option} has no meaning for --lora product (lora='product'); leave it out")
+        _check_lora(lora, lora_rank, method, formula is not None, [name for name, given in unfit.items() if given])
         self.init = None if init is None else initial(init, models)
-        # Adapters' own base model is where all of their products are zero.
-        zero = self.init if lora == "product" and self.init is not None and self.init.kind != "peft" else None
+        based = lora == "product" and self.init is not None and self.init.kind != "peft"
         self.method, self.facts, self.twins = method, dict(facts or {}), twins
         self.formula, self.allow_nonfinite = formula, allow_nonfinite
         self.products: Products | None = None
@@ -121,15 +111,15 @@ class Soup:
                 f"{method} measures the weights, which NaN and infinity would spoil; leave out "
                 "--allow-nonfinite (allow_nonfinite=True)"
             )
-        self.ingredients = [*([] if self.init is None else [self.init]), *models]
         self.by_tensor = dict(weights) if isinstance(weights, Mapping) else None
         self.weights = None if weights is None or isinstance(weights, Mapping) else list(weights)
         if self.init is not None and formula is None:
             self.weights = with_init([weight / divisor for weight in self.weights or [1.0] * len(models)])
             divisor = 1.0
         self.divisor = divisor
-        if zero is not None and self.weights is not None:
-            self.init, self.ingredients, self.weights = None, self.ingredients[1:], self.weights[1:]
+        self.ingredients = [*([] if self.init is None else [self.init]), *models]
+        if based:  # on a model in which all products of adapters are zero: it adds nothing
+            self.init, self.ingredients, self.weights = None, self.ingredients[1:], (self.weights or [])[1:]
         if only is not None or skip is not None:
             like = self.ingredients[-1] if like is None else like
             self.ingredients = [narrowed(ingredient, only, skip) for ingredient in self.ingredients]
@@ -139,7 +129,7 @@ class Soup:
         self.adapters: Adapters | None = None
         self.template: Checkpoint | None = None
         if lora == "product":
-            self.adapters = Adapters(self.ingredients, lora_rank, plain=zero is not None)
+            self.adapters = Adapters(self.ingredients, lora_rank, plain=based)
             self.model = self.adapters.model
             self.facts |= {"lora": lora, "lora_rank": lora_rank}
         else:
@@ -490,6 +480,20 @@ def compiled(what: str, pattern: str) -> re.Pattern[str]:
         return re.compile(pattern)
     except re.error as error:
         raise ValueError(f"{what}{pattern!r} is not a regular expression: {error}") from error
+
+
+def _check_lora(lora: str | None, rank: int | None, method: str, measured: bool, unfit: Sequence[str]) -> None:
+    """Refuse what does not go together: ``measured`` are methods with a formula, ``unfit`` options that were given."""
+    if lora not in (None, *get_args(Lora)):
+        raise ValueError(f"lora={lora!r}: one of {', '.join(get_args(Lora))}")
+    if lora != "product" and rank is not None:
+        raise ValueError("--lora-rank (lora_rank) has no meaning without --lora product (lora='product')")
+    if lora == "product" and (measured or method in ("fisher", "learned")):
+        raise ValueError(
+            f"--lora product (lora='product') is for methods that give each adapter a number, not {method}"
+        )
+    if lora == "product" and unfit:
+        raise ValueError(f"{unfit[0]} has no meaning for --lora product (lora='product'); leave it out")
 
 
 def _half(progress: Progress, half: int) -> Progress:
