@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self
 
@@ -467,51 +466,45 @@ class Averager(ABC):
     def saving(self, folder: str | os.PathLike[str]) -> Iterator[Path]:
         """`save`, where the ``with`` block may add files of its own to the unfinished folder that it is given."""
         folder = Path(os.path.abspath(folder))
+        replace: Callable[[Path], AbstractContextManager[Path]] = replacing
         if self._sharded:
+            from averaging.shard_files import replacing_together as replace
+
             if not self._shards:
                 raise ValueError(f"{self.name} holds this process's part of sharded weights: bind(model) it first")
-            with self._saving_parts(folder) as staging:
-                yield staging
-            return
-        written = {}
-        with replacing(folder) as staging:
-            staging.mkdir()
-            for group in self.tensors():
-                file = staging / f"{group}.safetensors"
-                earlier = self._written.get(group)
-                if not (self.immutable(group) and earlier and earlier.link(file)):
-                    self.write_group(group, file)
-                written[group] = WrittenFile.of(file, kept_at=folder / file.name)
-            sizes = {file.path.name: file.size for file in written.values()}
-            (staging / STATE_FILE).write_text(json.dumps({**self.numbers(), "files": sizes}, indent=1) + "\n")
-            yield staging
-        self._written = written
-
-    @contextmanager
-    def _saving_parts(self, folder: Path) -> Iterator[Path]:
-        """`saving`, by all processes together."""
-        from averaging.shard_files import agreed, replacing_together, save_parts
-
         written: dict[str, WrittenFile] = {}
-        with replacing_together(folder) as staging:
-            for group, weights in self.tensors().items():
-                parts = staging / group
-                earlier = [file for file in self._written.values() if file.path.parent.name == group]
-                shared = self.immutable(group) and bool(earlier) and process()[0] == 0 and _linked(earlier, parts)
-                if not agreed(shared):
-                    save_parts(weights, self._shards, parts)
-                if process()[0] == 0:
-                    written |= {
-                        f"{group}/{file.name}": WrittenFile.of(file, kept_at=folder / group / file.name)
-                        for file in parts.iterdir()
-                    }
-            if process()[0] == 0:
+        with replace(folder) as staging:
+            staging.mkdir(exist_ok=True)
+            for group in self.tensors():
+                self._write(group, staging)
+            if self._writes_alone():
+                for file in staging.rglob("*"):
+                    if file.is_file():
+                        name = file.relative_to(staging).as_posix()
+                        written[name] = WrittenFile.of(file, kept_at=folder / name)
                 numbers, sizes = self.numbers(), {name: file.size for name, file in written.items()}
                 for name, like in self._shards.items():
                     numbers["layout"][name][0] = list(like.shape)
                 (staging / STATE_FILE).write_text(json.dumps({**numbers, "files": sizes}, indent=1) + "\n")
             yield staging
         self._written = written
+
+    def _writes_alone(self) -> bool:
+        """Whether this process writes what of sharded weights only one does."""
+        return not self._sharded or process()[0] == 0
+
+    def _write(self, group: str, staging: Path) -> None:
+        """Write a group of `tensors`, or link the files in which it was written before."""
+        place = f"{group}/" if self._sharded else f"{group}.safetensors"
+        earlier = {name: file for name, file in self._written.items() if name.startswith(place)}
+        linked = self.immutable(group) and self._writes_alone() and _linked(earlier, staging)
+        if self._sharded:
+            from averaging.shard_files import agreed, save_parts
+
+            if not agreed(linked):
+                save_parts(self.tensors()[group], self._shards, staging / group)
+        elif not linked:
+            self.write_group(group, staging / place)
 
     def load(self, folder: str | os.PathLike[str], model: nn.Module | None = None) -> Self:
         """Restore what `save` wrote.
@@ -545,11 +538,11 @@ class Averager(ABC):
                 raise FileNotFoundError(f"{part}: not found, though {file.name} lists it")
             if part.stat().st_size != count:
                 raise ValueError(f"{part}: {part.stat().st_size} bytes instead of {count}: it is damaged")
+            written[name] = WrittenFile.of(part)
             if part.parent == file.parent:
-                group = part.name.removesuffix(".safetensors")
-                tensors[group], written[group] = SnapshotFile(part), WrittenFile.of(part)
+                tensors[part.name.removesuffix(".safetensors")] = SnapshotFile(part)
             else:
-                parted[part.parent.name], written[name] = part.parent, WrittenFile.of(part)
+                parted[part.parent.name] = part.parent
         try:
             if parted:
                 from averaging.shard_files import StoredParts
@@ -633,13 +626,15 @@ class Averager(ABC):
         )
 
 
-def _linked(files: Iterable[WrittenFile], folder: Path) -> bool:
-    """Make ``folder`` of hard links to ``files``; False, and no folder, where that cannot be."""
-    folder.mkdir()
-    if all(file.link(folder / file.path.name) for file in files):
-        return True
-    shutil.rmtree(folder)
-    return False
+def _linked(files: Mapping[str, WrittenFile], folder: Path) -> bool:
+    """Make hard links to ``files`` under their names in ``folder``; False, and none, where that cannot be."""
+    for name, file in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        if not file.link(folder / name):
+            for made in files:
+                (folder / made).unlink(missing_ok=True)
+            return False
+    return bool(files)
 
 
 def _shape(weights: Weights, name: str) -> tuple[int, ...]:
