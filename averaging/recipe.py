@@ -35,6 +35,7 @@ time and stack for more."""
 # Options that hold paths, by their place in the parsed result; and those that are the command line's alone.
 _PATHS = ("paths", "init", "like", "output", "plot", "fisher", "target")
 _RUN = ("recipe", "dry_run", "force", "quiet", "debug", "help", "version")
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 
 
 @dataclass(frozen=True)
@@ -184,6 +185,8 @@ def _load(path: Path) -> dict[str, Value]:
 def _value(loader: Any, node: Any, place: str) -> Value:
     """A node of YAML with the places of what is in it."""
     if node is None or node.id != "mapping":
+        if node is not None and node.id == "scalar" and node.tag in _NUMBERS and ":" in node.value:
+            return Value(node.value, place)  # a range: YAML takes 0:1:0.5 for 60.5, in the base 60
         try:
             return Value(None if node is None else loader.construct_object(node, deep=True), place)
         except (ValueError, OverflowError) as error:  # a date or a number that is none

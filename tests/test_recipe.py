@@ -141,7 +141,9 @@ def test_layers_beside_a_range(family, tmp_path, soup, method):
     paths, name, own = ("[a, b]", "eta", "weights: [3, 1]") if method == "slerp" else ("[a]", "alpha", "alpha: 1")
     text = f"method: {method}\ninit: base\ningredients: {paths}\nlayers: {{embed: {{{name}: 0}}, head: {{{own}}}}}\n"
     file = recipe(tmp_path / "soup.yaml", text)
-    soup("--recipe", file, f"--{name}", "0.25,1", "-o", tmp_path / "range")
+    file.write_text(f"{text}{name}: 0.25:1:0.75\n")
+    soup("--recipe", file, "-o", tmp_path / "range")
+    file.write_text(text)
     for value in ("0.25", "1"):
         soup("--recipe", file, f"--{name}", value, "-o", tmp_path / value)
         one, many = tmp_path / value, tmp_path / "range" / f"{name}-{value}"
