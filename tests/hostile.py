@@ -29,7 +29,7 @@ import traceback
 import unicodedata
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
@@ -1472,6 +1472,45 @@ for name, content in {"no JSON": b"[", "a list": b"[]", "nested": b'{"x":' * 100
     add("evaluations", f"a cache: {name}", cached, "old.evaluations.json")
 
 
+# --- what is read ----------------------------------------------------------------------------------------------------
+
+HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+ALLOWED = (sys.prefix, sys.base_prefix, HERE, os.path.expanduser("~/.cache"), "/proc", "/dev/fd", "/dev/null")
+_folder: str | None = None
+_outside: list[str] = []
+
+
+def _audit(event: str, arguments: tuple) -> None:
+    if _folder is not None and event in ("open", "os.listdir", "os.scandir"):
+        path = arguments[0]
+        if isinstance(path, str | bytes | os.PathLike):
+            path = os.path.abspath(os.fsdecode(path))
+            if not any(inside(path, folder) for folder in (_folder, *ALLOWED)):
+                _outside.append(path)
+
+
+def inside(path: str, folder: str) -> bool:
+    return path == folder or path.startswith(folder.rstrip("/") + "/")
+
+
+@contextlib.contextmanager
+def watching(folder: Path) -> Iterator[list[str]]:
+    """What Python opens or lists meanwhile, but neither in the folder nor among its own files."""
+    global _folder
+    if _audit not in _hooked:
+        _hooked.append(_audit)
+        sys.addaudithook(_audit)
+    _outside.clear()
+    _folder = str(folder)
+    try:
+        yield _outside
+    finally:
+        _folder = None
+
+
+_hooked: list[Callable] = []  # once and for all: a hook cannot be removed
+
+
 # --- running them ----------------------------------------------------------------------------------------------------
 
 MORE = ("hostile_formats", "hostile_methods")  # the modules with further cases
@@ -1592,6 +1631,7 @@ def attempt(case: Case, root: Path) -> list[str]:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             for patch in patches:
                 stack.enter_context(patch)
+            outside = stack.enter_context(watching(root))
             try:
                 status: object = cli.main([*arguments, "-q"])
             except SystemExit as exit:
@@ -1616,6 +1656,8 @@ def attempt(case: Case, root: Path) -> list[str]:
         wrong.append(f"it took {seconds:.1f} s")
     if taken > MEMORY:
         wrong.append(f"it took {taken >> 20} MB")
+    if outside:
+        wrong.append(f"it read {outside}")
     if left := set(os.listdir("/proc/self/fd")) - set(files):
         wrong.append(f"files are left open: {left}")
     if case.works:
@@ -1693,6 +1735,7 @@ def serve() -> None:
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), "torchinductor"))
     memory = "/dev/shm"  # where folders come and go the quickest
     place = memory if os.path.isdir(memory) and shutil.disk_usage(memory).free > 1 << 30 else "/tmp"
+    places = sys.path.copy()
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESSES, ADDRESSES))
     gc.freeze()
     print("ready", flush=True)
@@ -1704,4 +1747,5 @@ def serve() -> None:
             except BaseException:
                 wrong = [f"the case itself failed: {traceback.format_exc(limit=-6)}"]
             os.chdir("/")
+            sys.path[:] = places  # evaluations are also looked for in the folder
         print(json.dumps(wrong), flush=True)

@@ -327,3 +327,151 @@ for label, row in ROWS.items():
     output(label, row, "without room", [], "room", no_room)
     output(label, row, "without permission", [], "permission", no_permission)
     output(label, row, "with an input twice", [input_], "")
+
+
+# --- options, of the command and in a recipe -------------------------------------------------------------------------
+
+NUMBER = ("nan", "inf", "-inf", "1e400", "x", "", "9" * 5000, "0x10", "1_0_", "１２ x")
+WEIGHTS = ("nan,1", "inf,1", "0,0", "-1,-1", "1", "1,2,3", "1,", "1e400,1", "x,1", "1;2", "")
+RANGE = (
+    "0:1:0",
+    "0:1:nan",
+    "0:1:-1",
+    "1:0:0.1",
+    "0:1:1e-9",
+    "0:1e999999999:1",
+    "0:1:1e-999999999",
+    ":::",
+    "0:1",
+    "0,,1",
+)
+COUNT = ("0", "-1", "1.5", "nan", "x", "", "9" * 5000)
+WRONG: dict[str, dict[str, tuple[str, ...]]] = {
+    "uniform": {
+        "--weights": (*WEIGHTS, "1e308,1e308", "decreasing"),
+        "--last": (*COUNT, "3", "9" * 30),
+        "--every": (*COUNT, "2", "9" * 30),
+        "--only": ("(", "[", "*", "nothing"),
+        "--skip": ("(", ".", "(?P<x>"),
+        "--dtype": ("int8", "", "float", "bfloat16\n"),
+        "--like": ("", "gone", "/dev/zero", "x\0y", "soup.json"),
+        "--method": ("", "UNIFORM", "x\ny"),
+        "--alpha": ("0.5",),
+        "--at": ("1", "x", ""),
+        "--top": ("1",),
+    },
+    "ema": {"--decay": (*NUMBER, "-0.1", "1", "2")},
+    "wise-ft": {"--alpha": (*NUMBER, *RANGE, "-0.1", "1.1"), "--init": ("", "gone", "step-2.safetensors", "/dev/zero")},
+    "task": {"--scale": (*NUMBER, *RANGE, "1e308"), "--weights": (*WEIGHTS[:2], *WEIGHTS[4:], "1e308,1e308")},
+    "slerp": {"--eta": (*NUMBER, *RANGE, "-1", "2"), "--weights": (*WEIGHTS, "1e308,1e308", "cosine")},
+    "warp": {"--eta": (*NUMBER, *RANGE, "-1", "2"), "--slerp-weights": (*WEIGHTS, "1e308,1e308")},
+    "rewarded": {"--lambda": (*NUMBER, *RANGE, "-1", "2")},
+    "fisher": {
+        "--floor": (*NUMBER, "-1", "1e308"),
+        "--weights": (*WEIGHTS, "1e308,1e308", "cosine"),
+        "--fisher": ("gone", "step-1.safetensors", ""),
+    },
+    "greedy": {"--plot": ("x.txt", "/dev/null/x.png"), "--evaluate-command": ("true",)},
+    "ranked": {"--top": (*COUNT, "3")},
+    "learned": {
+        "--lr": (*NUMBER, "0", "-1"),
+        "--epochs": COUNT,
+        "--seed": ("x", "1.5", "9" * 30, "-" + "9" * 30),
+        "--loss": (
+            "",
+            "x",
+            ":",
+            "hostile_methods:",
+            "hostile_methods:gone",
+            "gone:task",
+            "../x:task",
+            "os:_exit.x",
+            "x\0y:z",
+        ),
+        "--per": ("tensor", ""),
+        "--normalize": ("sum",),
+    },
+    "search": {
+        "--evaluations": COUNT,
+        "--seed": ("x", "-1"),
+        "--evaluate": (
+            "",
+            "hostile_methods:gone",
+            "perplexity:",
+            "perplexity:gone.txt",
+            "accuracy:old",
+        ),
+    },
+    "lm-cocktail": {"--temperature": (*NUMBER, "0", "-1", "1e-320"), "--alpha": ("0.5",)},
+    "lm-cocktail with a target": {"--alpha": (*NUMBER, "-1", "2", "0,1"), "--target": ("gone", "step-1.safetensors")},
+    "sweep": {
+        "--sweep": (
+            *(
+                "window",
+                "window=",
+                "window=x",
+                "window=0",
+                "window=-1",
+                "window=nan",
+                "window=" + "9" * 30,
+                "window=1,,2",
+            ),
+            *("decay=nan", "decay=2", "decay=-1", "spacing=0", "weights=x", "weights=", "post-hoc=0.1", "size=1", "=1"),
+        ),
+        "--at": ("0", "-1", "99", "x", "", "9" * 30, "1,"),
+    },
+    "inspect": {"--only": ("(", "nothing"), "--init": ("gone", "step-1.safetensors"), "--points": ("5",)},
+    "inspect with lines between": {"--points": COUNT, "--cache": ("/dev/null/x", "x\0y")},
+    "--lora product": {"--lora-rank": COUNT, "--weights": (*WEIGHTS, "1e308,1e308")},
+}
+for label, options in WRONG.items():
+    row = ROWS[label]
+    for option, values in options.items():
+        for value in values:
+            kept = list(row.arguments)
+            if option in kept:  # said once
+                at = kept.index(option)
+                del kept[at : at + 2]
+
+            def wrong(
+                root: Path, stack: list, row: Row = row, kept: list = kept, told: str = f"{option}={value}"
+            ) -> list:
+                good(root, row)
+                return [*kept, told]
+
+            shown = value if len(value) < 30 else f"{value[:9]}... of {len(value)}"
+            add("options", f"{label}: {option}={shown}", wrong, "")
+            if kept[0] == "inspect" or option in ("--method", "--sweep") or not value.isascii():
+                continue
+
+            def written(
+                root: Path, stack: list, row: Row = row, kept: list = kept, option: str = option, v: str = value
+            ) -> list:
+                good(root, row)
+                names = list(itertools.takewhile(lambda word: not word.startswith("--"), kept))
+                given = dict(zip(kept[len(names) :: 2], kept[len(names) + 1 :: 2], strict=True)) | {option: v}
+                lines = [f"ingredients: {json.dumps(names)}"]
+                for name, text in given.items():
+                    if name == "--sweep":
+                        text = "{" + text.replace("=", ": [") + "]}"
+                    lines.append(f"{name[2:]}: {text if name != option else plain(text)}")
+                write(root / "soup.yaml", "\n".join(lines).encode())
+                return ["--recipe", "soup.yaml"]
+
+            add("options in recipes", f"{label}: {option}={shown}", written, "soup.yaml")
+
+
+def plain(text: str) -> str:
+    """As a value that YAML takes for a number, where it is one, and for a text elsewhere."""
+    return text if text.replace(".", "").replace("-", "").isdigit() else json.dumps(text)
+
+
+for kind in ("perplexity", "accuracy"):
+    for name, make in PLACES.items():
+
+        def evaluated(root: Path, stack: list, kind: str = kind, make: Callable = make) -> list:
+            good(root, ROWS["greedy"])
+            make(root / "text.jsonl")
+            return [*FILES, "--method", "greedy", "--evaluate", f"{kind}:text.jsonl"]
+
+        add("options", f"{kind} of a text: {name}", evaluated, "")

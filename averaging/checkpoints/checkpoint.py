@@ -255,7 +255,8 @@ class Checkpoint(Mapping[str, "Tensor"]):
 
 def _in_the_hubs_cache(path: Path) -> Path:
     """Where the Hub's model of that name was downloaded to; ``path`` itself if that is the name of no model."""
-    found = re.fullmatch(r"(?P<model>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?", str(path))
+    # No part of a revision begins with a dot, nor is any empty: it does not climb.
+    found = re.fullmatch(r"(?P<model>[\w.-]+/[\w.-]+)(@(?P<revision>\w[\w.-]*(/\w[\w.-]*)*))?", str(path))
     if found is None or os.path.lexists(path) or path.suffix in (".safetensors", *TORCH_SUFFIXES):
         return path
     try:
@@ -266,8 +267,8 @@ def _in_the_hubs_cache(path: Path) -> Path:
     folder = Path(HF_HUB_CACHE, f"models--{model.replace('/', '--')}")
     ref = folder / "refs" / (revision or "main")
     commit = revision or ""
-    # Looked up here, as huggingface_hub would wait for a pipe, and follow what climbs out of its cache.
-    if ref.exists() and ".." not in commit.split("/"):
+    # Looked up here, as huggingface_hub would wait for a pipe, and follow a ref that climbs out of its cache.
+    if ref.exists():
         with open(open_regular(ref), "rb") as file:
             commit = file.read(LONGEST_REF).decode(errors="replace").strip()
         if not re.fullmatch(_COMMIT, commit):

@@ -430,6 +430,8 @@ def check_numbers(what: str, numbers: Sequence[float], models: Sequence[Checkpoi
         raise ValueError(f"{len(numbers)} {what} for {len(models)} checkpoints; give one for each, in their order")
     if not all(map(math.isfinite, numbers)):
         raise ValueError(f"{what} must be finite numbers, not {numbers}")
+    if not math.isfinite(sum(map(abs, numbers))):
+        raise ValueError(f"{what} of {numbers} are too large to be added up")
     return numbers
 
 

@@ -60,6 +60,8 @@ class Task(Soup):
         if not math.isfinite(scale):
             raise ValueError(f"scale={scale!r}: must be a finite number")
         signs = check_numbers("weights", [1.0] * len(models) if weights is None else weights, models)
+        if not math.isfinite(scale * sum(map(abs, signs))):
+            raise ValueError(f"scale={scale!r} times the weights {signs}: too large to be added up")
         super().__init__(
             models,
             output,
