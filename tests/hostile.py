@@ -1622,7 +1622,8 @@ def attempt(case: Case, root: Path) -> list[str]:
     CHANGED.clear()
     patches: list = []
     given = [str(argument) for argument in case.build(root, patches)]
-    arguments = given if "-o" in given or given[0] == "inspect" else [*given, "-o", "old", "--force"]
+    own = given[0] == "inspect" or {"-o", "--force"} & {*given}
+    arguments = given if own else [*given, "-o", "old", "--force"]
     with contextlib.ExitStack() as stack:
         before, files = snapshot(root), sorted(os.listdir("/proc/self/fd"))
         gc.collect()

@@ -475,3 +475,66 @@ for kind in ("perplexity", "accuracy"):
             return [*FILES, "--method", "greedy", "--evaluate", f"{kind}:text.jsonl"]
 
         add("options", f"{kind} of a text: {name}", evaluated, "")
+
+
+# --- recipes that are no files, or no plain values -------------------------------------------------------------------
+
+for suffix in ("yaml", "json"):
+    for name, make in PLACES.items():
+
+        def placed(root: Path, stack: list, suffix: str = suffix, make: Callable = make) -> list:
+            make(root / f"soup.{suffix}")
+            return ["--recipe", f"soup.{suffix}"]
+
+        add("recipes", f"soup.{suffix}: {name}", placed, f"soup.{suffix}")
+TWO = "ingredients: [step-1.safetensors, step-2.safetensors]\n"
+for name, text in {
+    "a tag for a number": "decay: !!float x",
+    "a tag for a text": "last: !!str 2",
+    "a tag for a name": "method: !!python/name:os.mkdir",
+    "a tag for a module": "method: !!python/module:os",
+    "a tag for an object": "method: !!python/object/new:os.mkdir [harmed]",
+    "a tag for a map": "method: !!omap [a: b]",
+    "a tag of its own": "%TAG ! tag:x.org,2000:\n---\nmethod: !y z",
+    "a version of YAML": "%YAML 9.9\n---\nmethod: uniform",
+    "a key twice in a layer": "layers: {a: {weights: [1, 2], weights: [2, 1]}}",
+    "a layer twice": "layers: {a: {weights: [1, 2]}, a: {weights: [2, 1]}}",
+    "a layer of NaN": "layers: {a: {weights: [.nan, 1]}}",
+    "a layer of infinity": "layers: {a: {weights: [.inf, 1]}}",
+    "a layer that adds up to nothing": "layers: {a: {weights: [1, -1]}}",
+    "a layer of numbers too large": "layers: {a: {weights: [1e308, 1e308]}}",
+    "a layer in a layer": "layers: {a: {layers: {b: {weights: [1, 2]}}}}",
+    "10,000 layers": "layers: {" + ", ".join(f"a{i}: {{weights: [1, 2]}}" for i in range(10_000)) + "}",
+    "a merge of a list": "<<: [{method: task}]",
+    "an alias of nothing": "method: *x",
+    "a date": "method: 2001-01-01",
+    "a time": "last: 12:30:45",
+    "a number with a comma": "decay: 0,9",
+    "yes": "allow-nonfinite: 1",
+    "a text of two lines": "only: |\n  (\n  x",
+    "a text with surrogates": 'only: "\\ud800("',
+    "a recipe in a recipe": "recipe: soup.yaml",
+    "an option of the run": "force: true",
+    "debug": "debug: true",
+    "paths": "paths: [a]",
+    "layers of a search": "method: greedy\nlayers: {a: {weights: [1, 2]}}",
+    "an output over an ingredient": "output: step-2.safetensors",
+    "an output over itself": "output: soup.yaml",
+    "an output above": "output: .",
+    "an output with NUL": 'output: "x\\0y"',
+    "an output that is a list": "output: [a, b]",
+    "an initial model with NUL": 'method: task\ninit: "x\\0y"',
+    "an initial model that is a device": "method: task\ninit: /dev/zero",
+    "a sweep that is a list": "sweep: [1, 2]",
+    "a sweep of levels": "sweep: {window: {a: 1}}",
+    "a sweep of NaN": "sweep: {window: [.nan]}",
+    "a sweep of nothing": "sweep: {window: []}",
+}.items():
+
+    def said(root: Path, stack: list, text: str = text) -> list:
+        good(root, ROWS["uniform"])
+        directives, dashes, rest = text.rpartition("---\n")
+        write(root / "soup.yaml", (directives + dashes + TWO + rest).encode())
+        return ["--recipe", "soup.yaml", *(() if "output" in text else ("-o", "old")), "--force"]
+
+    add("recipes", f"values: {name}", said, "soup.yaml")
