@@ -339,26 +339,46 @@ def test_ctrl_c(tmp_path, monkeypatch, capsys):
 
 
 LOOP = """
-import signal, sys, torch
+import os, signal, sys, torch
 from averaging import cli
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell starts in the background
-print("ready", flush=True)
-while True:
-    for names in ("01", "12"):
-        assert cli.main([f"{sys.argv[1]}/{n}" for n in names] + ["-o", sys.argv[1] + "/out", "--force", "-q"]) == 0
+for folder in sys.stdin:
+    child = os.fork()  # as loading torch takes longer than many soups
+    while child == 0:
+        for names in ("01", "12"):
+            paths = [f"{folder.strip()}/{name}" for name in names]
+            if outcome := cli.main([*paths, "-o", f"{folder.strip()}/out", "--force", "-q"]):
+                os._exit(outcome)
+    print(child, flush=True)
+    print(os.waitpid(child, 0)[1], flush=True)
 """
 
 
+@pytest.fixture(scope="module")
+def cooking():
+    """A process that, told a folder, starts another one that cooks soups there until it is stopped; prints its id."""
+    with subprocess.Popen(
+        [sys.executable, "-c", LOOP],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as process:
+        yield process
+        process.stdin.close()
+
+
 @pytest.mark.parametrize("signal_", [signal.SIGKILL, signal.SIGINT])
-def test_stopped_at_random_moments(tmp_path, signal_):
+def test_stopped_at_random_moments(tmp_path, cooking, signal_):
     for i in range(3):
         folder(tmp_path / str(i), a=torch.full((1 << 20,), float(i)), b=torch.full((1000, 1000), float(i)))
     for wait in (0.05, 0.2, 0.33):
-        child = subprocess.Popen([sys.executable, "-c", LOOP, tmp_path], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        assert child.stdout.readline() == b"ready\n"
+        print(tmp_path, file=cooking.stdin, flush=True)
+        child = int(cooking.stdout.readline())
         time.sleep(wait)
-        child.send_signal(signal_)
-        child.communicate()
+        os.kill(child, signal_)
+        status = int(cooking.stdout.readline())
+        assert (os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)) in (signal_, 130)
         litter = {path.name for path in tmp_path.iterdir()} - {"0", "1", "2", "out"}
         if signal_ == signal.SIGINT:
             assert litter == set()
