@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from averaging.apply import load_into
 from averaging.randomness import random_state
+from averaging.shards import is_flat
 from averaging.weights import every_name, named_weights, unwrap
 
 if TYPE_CHECKING:
@@ -47,13 +48,18 @@ class Reference:
 
     Raises:
         ValueError: no reference is possible: ``reference`` is the policy or another kind of model, or it is None and
-            the policy is no PEFT model with one active adapter that holds all that is trained.
+            the policy is no PEFT model with one active adapter that holds all that is trained; or DeepSpeed ZeRO.
     """
 
     def __init__(self, averager: Averager, policy: nn.Module, reference: nn.Module | None = None) -> None:
         self.averager = averager
         self.policy = policy
         self.model = policy if reference is None else reference
+        if any(is_flat(parameter) for parameter in (*policy.parameters(), *self.model.parameters())):
+            raise ValueError(
+                "under DeepSpeed ZeRO each process trains slices of the weights, which a reference does not have: use "
+                "FSDP2 (fully_shard) for both models, or DDP"
+            )
         trained = named_weights(policy, frozen=averager.frozen, buffers=averager.buffers)
         if reference is None:
             self._names = _adapter_names(unwrap(policy), trained)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from averaging.kernels import rounded
-from averaging.shards import abandon_forward, reshard
-from averaging.weights import Weights, every_name
+from averaging.shards import abandon_forward, forget_gathered, local, publish, reshard, shown
+from averaging.weights import Weights, every_tensor
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -24,7 +24,8 @@ def applied(model: nn.Module, weights: Average | Weights) -> Iterator[Weights]:
 
     Tensors are paired by name and copied in place, so optimizers, compiled graphs and DDP keep working.
     The model's own weights come back also after an exception or Ctrl-C, whatever happened inside.
-    Where the model is sharded (FSDP2, tensor parallelism) each process does this with its own shards.
+    Where the model is sharded (FSDP2, tensor parallelism, ZeRO) each process does this with its own shards. Only under
+    ZeRO-1 and ZeRO-2 is something communicated, on the way in.
 
         with applied(model, ema):
             evaluate(model)
@@ -41,15 +42,21 @@ def applied(model: nn.Module, weights: Average | Weights) -> Iterator[Weights]:
         ValueError: a name the model does not have, or a shape that differs; the model is then unchanged.
     """
     pairs = _pair(model, weights)
-    online = {name: target.detach().to("cpu", copy=True) for name, (target, _) in pairs.items()}
+    online = {name: local(target).detach().to("cpu", copy=True) for name, (target, _) in pairs.items()}
+    # What was gathered is kept as well: when only this process has an exception, the others do not answer.
+    gathered = [
+        (copy, copy.to("cpu", copy=True)) for target, _ in pairs.values() if (copy := shown(target)) is not None
+    ]
     try:
-        _write(pairs.values())
+        _write([(local(target), source) for target, source in pairs.values()])
+        publish(model, [target for target, _ in pairs.values()])
         yield online
     except BaseException:
         abandon_forward(model)
         raise
     finally:
-        _write_uninterrupted(model, [(target, online[name]) for name, (target, _) in pairs.items()])
+        own = [(local(target), online[name]) for name, (target, _) in pairs.items()]
+        _write_uninterrupted(model, [*own, *gathered])
 
 
 def load_into(model: nn.Module, weights: Average | Weights) -> None:
@@ -63,7 +70,9 @@ def load_into(model: nn.Module, weights: Average | Weights) -> None:
     Raises:
         ValueError: a name the model does not have, or a shape that differs; the model is then unchanged.
     """
-    _write_uninterrupted(model, _pair(model, weights).values())
+    pairs = _pair(model, weights).values()
+    _write_uninterrupted(model, [(local(target), source) for target, source in pairs])
+    publish(model, [target for target, _ in pairs])
 
 
 def _pair(model: nn.Module, weights: Average | Weights) -> Mapping[str, tuple[Tensor, Tensor]]:
@@ -72,16 +81,16 @@ def _pair(model: nn.Module, weights: Average | Weights) -> Mapping[str, tuple[Te
         if not weights.ready:
             return {}
         weights = weights.average(rounded=True)
-    targets = dict(every_name(model))
+    targets = dict(every_tensor(model))
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
     written: dict[int, str] = {}
     for name, source in weights.items():
         target = targets.get(name)
         if target is None:
             raise ValueError(f"the model has no parameter or buffer {name!r}: these are the weights of another model")
-        if target.shape != source.shape:
+        if (shape := local(target).shape) != source.shape:
             raise ValueError(
-                f"{name!r} has shape {tuple(target.shape)} in the model and {tuple(source.shape)} in the weights: "
+                f"{name!r} has shape {tuple(shape)} in the model and {tuple(source.shape)} in the weights: "
                 "these are the weights of another model"
             )
         if (twin := written.setdefault(id(target), name)) != name:
@@ -107,6 +116,7 @@ def _write_uninterrupted(model: nn.Module, pairs: Collection[tuple[Tensor, Tenso
         try:
             reshard(model)  # or it would go on with what an evaluation has gathered
             _write(pairs)
+            forget_gathered(model)
             break
         except KeyboardInterrupt as exception:
             interrupted = exception

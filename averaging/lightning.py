@@ -201,9 +201,9 @@ class AveragingCallback(CallbackCore, Callback):
         strategy = trainer.strategy
         if type(strategy).__name__ == "DeepSpeedStrategy":
             raise ValueError(
-                "averages under DeepSpeed are not supported, as it trains float32 weights of its own, which a callback "
-                'neither sees nor reaches: use ModelParallelStrategy (FSDP2) or strategy="ddp", or average the saved '
-                "checkpoints afterwards with `soup`"
+                "averages under Lightning's DeepSpeedStrategy are not supported, as only the first process's part of "
+                'them would be in its checkpoints: use ModelParallelStrategy (FSDP2) or strategy="ddp", transformers\' '
+                "Trainer with DeepSpeed, or average the saved checkpoints afterwards with `soup`"
             )
         if not is_sharded(module):
             return

@@ -1,12 +1,14 @@
-"""Weights of which each process holds a part: PyTorch's FSDP2 (`fully_shard`) and tensor parallelism.
+"""Weights of which each process holds a part: FSDP2 (`fully_shard`), tensor parallelism, DeepSpeed ZeRO.
 
-Such a parameter is a DTensor. The library works on the tensor behind it, the process's own shard, to which training
-writes in place: an average of shards is the shard of the average, so nothing is ever communicated.
+Such a parameter is a DTensor, or stands for a `FlatSlice`. The library works on the tensor behind it, the process's own
+shard, to which training writes in place: an average of shards is the shard of the average, so nothing is ever
+communicated.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,17 +19,42 @@ if TYPE_CHECKING:
 
 
 def is_shard(tensor: Tensor) -> bool:
-    """Whether ``tensor`` is a DTensor, of which this process may hold only a part."""
+    """Whether ``tensor`` is a DTensor or a `FlatSlice`, of which this process may hold only a part."""
     return hasattr(tensor, "to_local")
 
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether this process may hold only a part of a parameter of ``model``."""
-    return any(is_shard(parameter) for parameter in model.parameters()) or bool(fsdp_modules(model))
+    return any(is_shard(p) or is_flat(p) for p in model.parameters()) or bool(fsdp_modules(model))
+
+
+def is_flat(parameter: Tensor | None) -> bool:
+    """Whether ``parameter`` stands for a slice that training writes to elsewhere: for what `slices` gives."""
+    zero = _zero()
+    return zero is not None and zero.holds(parameter)
+
+
+def slices(model: nn.Module) -> dict[int, Tensor]:
+    """The parameters of ``model`` that an engine has flattened: their ids → `FlatSlice`.
+
+    Raises:
+        ValueError: the engine keeps them in a way that is not supported.
+    """
+    zero = _zero()
+    return {} if zero is None else {id(parameter): flat for parameter, flat in zero.slices(model)}
+
+
+def _zero() -> Any:
+    """What is special about DeepSpeed ZeRO, if DeepSpeed was imported."""
+    if "deepspeed" not in sys.modules:
+        return None
+    from averaging import zero
+
+    return zero
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this process holds of ``tensor``: a view of a DTensor's shard, any other tensor itself."""
+    """What this process holds of ``tensor``: a view of the shard or slice, any other tensor itself."""
     if not is_shard(tensor):
         return tensor
     with torch.no_grad():
@@ -50,6 +77,25 @@ def reshard(model: nn.Module) -> None:
     """
     for part in fsdp_modules(model):
         part.reshard()
+
+
+def shown(tensor: Tensor) -> Tensor | None:
+    """What the model computes with instead of the `local` part of ``tensor``, if that is not what it computes with."""
+    return getattr(tensor, "shown", None)
+
+
+def publish(model: nn.Module, written: Iterable[Tensor]) -> None:
+    """Let ``model`` compute with what was written to the `local` parts of these tensors. All processes call this."""
+    for tensor in written:
+        if shown(tensor) is not None:
+            tensor.publish()  # type: ignore[attr-defined]
+    forget_gathered(model)
+
+
+def forget_gathered(model: nn.Module) -> None:
+    """Let the next forward pass gather anew, after something was written. Nothing is communicated."""
+    if (zero := _zero()) is not None:
+        zero.release(model)
 
 
 def abandon_forward(model: nn.Module) -> None:

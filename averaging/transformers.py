@@ -52,6 +52,7 @@ from averaging.randomness import random_state
 from averaging.schedule import Span
 from averaging.shard_files import replacing_together
 from averaging.shards import is_sharded
+from averaging.weights import named_weights
 
 __all__ = [
     "BEMA",
@@ -77,8 +78,9 @@ class AveragingCallback(CallbackCore, TrainerCallback):
     - ``checkpoint-500/lawa`` holds the average, a folder that `from_pretrained` opens, and the state to resume from.
       With ``checkpoint="average"``, ``checkpoint-500`` itself holds the average and ``checkpoint-500/online`` the
       weights being trained.
-    - Of a model that ``from_pretrained(distributed_config=...)`` has sharded (FSDP2, tensor parallelism) the averages
-      are those of each process's shards. Trainer saves no optimizer then, so such a run cannot be resumed.
+    - Of a model that ``from_pretrained(distributed_config=...)`` (FSDP2, tensor parallelism) or DeepSpeed ZeRO has
+      sharded, the averages are those of each process's shards, of ZeRO's in float32. With ``distributed_config``
+      Trainer saves no optimizer, so such a run cannot be resumed.
     - When training ends the model holds the average; with ``load_best_model_at_end`` that of the best checkpoint, or
       whatever else ``metric_for_best_model`` measured. The online weights are in the last checkpoint.
 
@@ -129,7 +131,7 @@ class AveragingCallback(CallbackCore, TrainerCallback):
         if checkpoint:
             for averager in self.averagers:
                 try:
-                    averager.load(checkpoint / home(averager))
+                    averager.load(checkpoint / home(averager), trainer.model if is_sharded(trainer.model) else None)
                 except FileNotFoundError as error:
                     self.missing_state(averager, str(checkpoint), error)
         for averager in self.averagers:
@@ -169,7 +171,7 @@ class AveragingCallback(CallbackCore, TrainerCallback):
             _restore_online(trainer, best, names)
             if (chosen := self._chosen_by(trainer, names)) != ONLINE:
                 averager = next(averager for averager in averagers if chosen in averager.views())
-                averager.load(best / home(averager))
+                averager.load(best / home(averager), trainer.model if is_sharded(trainer.model) else None)
                 load_into(trainer.model, self.averages([averager])[chosen])
         elif self.average is not None:
             load_into(kwargs["model"], self.average)
@@ -427,7 +429,7 @@ class _Resuming:
 
     def __call__(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         checkpoint: Any = resume_from_checkpoint
-        if checkpoint and is_sharded(self._trainer.model):
+        if checkpoint and is_sharded(self._trainer.model) and not self._trainer.is_deepspeed_enabled:
             raise ValueError(
                 "a model sharded by DistributedConfig cannot resume, as Trainer saves no state of its optimizer: begin "
                 "a new run with from_pretrained of the checkpoint"
@@ -475,17 +477,20 @@ def _refuse_engines(trainer: Any) -> None:
         "load the model with distributed_config=DistributedConfig(fsdp_size=...), train with DDP, or average the saved "
         "checkpoints afterwards with `soup`"
     )
-    if trainer.is_deepspeed_enabled:
-        raise ValueError(
-            "averages under DeepSpeed are not supported, as it trains float32 weights of its own, which a callback "
-            f"neither sees nor reaches: {way_out}"
-        )
     if trainer.is_fsdp_enabled:
         raise ValueError(
             "averages under accelerate's FSDP are not supported, as the saving of its checkpoints leaves no room for "
             f"them: {way_out}"
         )
-    if is_sharded(trainer.model) and trainer.args.load_best_model_at_end:
+    if trainer.is_deepspeed_enabled:
+        engine = trainer.deepspeed
+        named_weights(engine)  # raises what cannot be averaged
+        if engine.zero_optimization_stage() == 3 and not engine.zero_gather_16bit_weights_on_model_save():
+            raise ValueError(
+                "averages under DeepSpeed ZeRO-3 are saved as models, which DeepSpeed has to gather: set "
+                "zero_optimization.stage3_gather_16bit_weights_on_model_save to true"
+            )
+    elif is_sharded(trainer.model) and trainer.args.load_best_model_at_end:
         raise ValueError(
             "load_best_model_at_end does not reach a model sharded by DistributedConfig: leave it out, and open the "
             "average in the best checkpoint with from_pretrained"
@@ -494,7 +499,7 @@ def _refuse_engines(trainer: Any) -> None:
 
 def _restore_online(trainer: Any, checkpoint: Path, names: Iterable[str]) -> None:
     """Load what was trained, where Trainer has loaded what it takes the checkpoint and the folders in it for."""
-    if (checkpoint / ONLINE).is_dir():
+    if (checkpoint / ONLINE).is_dir() and not trainer.is_deepspeed_enabled:  # which has loaded its own files
         trainer._load_from_checkpoint(str(checkpoint / ONLINE))
     for name in (ONLINE, *names):
         # An average of a PEFT adapter is an adapter in a sub-folder, and Trainer loads all of those.

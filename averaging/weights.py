@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from averaging.shards import fsdp_modules, is_shard, local, reshard
+from averaging.shards import fsdp_modules, is_flat, is_shard, local, reshard, slices
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,9 +22,15 @@ _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel, DataParallel and torch.compile's wrapper."""
+    """The model inside DistributedDataParallel, DataParallel, DeepSpeed's engine and torch.compile's wrapper."""
+    deepspeed = sys.modules.get("deepspeed")
+    wrappers = (
+        nn.parallel.DistributedDataParallel,
+        nn.DataParallel,
+        *([deepspeed.DeepSpeedEngine] if deepspeed else []),
+    )
     while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        if isinstance(model, wrappers):
             model = model.module
         elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
             model = inner
@@ -50,11 +57,6 @@ def _refuse_engines(module: nn.Module) -> None:
                 "afterwards with `soup`"
             )
     for name, parameter in module.named_parameters():
-        if hasattr(parameter, "ds_id"):
-            raise ValueError(
-                f"parameter {name!r} is held by DeepSpeed ZeRO-3, which is not supported, as it keeps the weights "
-                "elsewhere: use FSDP2 (fully_shard) or DDP, or average the saved checkpoints afterwards with `soup`"
-            )
         if parameter.is_meta:
             raise ValueError(f"parameter {name!r} is on the meta device, without values: materialize the model first")
 
@@ -81,6 +83,7 @@ class Binding:
         _refuse_engines(inner)
         self._sharding = fsdp_modules(inner)
         reshard(inner)
+        flat = slices(module)
         self._watched: list[tuple[dict[str, Tensor | None], str, Tensor, bool]] = []
         self.tensors: dict[str, Tensor] = {}
         seen: set[int] = set()
@@ -96,7 +99,8 @@ class Binding:
                 name = _plain(f"{prefix}.{key}" if prefix else key)
                 _refuse_lazy(name, parameter)
                 if _averageable(parameter) and (frozen or parameter.requires_grad):
-                    self.tensors[name] = parameter
+                    part = flat.get(id(parameter))
+                    self.tensors[name] = parameter if part is None else part
         if buffers:
             # Only those that a checkpoint holds: the others are computed from the configuration.
             passing = {
@@ -113,6 +117,8 @@ class Binding:
                 "grad. Unfreeze some before training starts, or pass frozen=True to average frozen ones too"
             )
 
+        self._sample = next((weight for _, _, weight, trained in self._watched if trained), None)
+        self._sample_is_flat = is_flat(self._sample)
         self._whole = not any(is_shard(tensor) for tensor in self.tensors.values())
 
     @property
@@ -125,6 +131,8 @@ class Binding:
         """Whether ``module`` is the model bound, with the same parameters, frozen as they were."""
         for part in self._sharding:
             part.reshard()
+        if is_flat(self._sample) is not self._sample_is_flat:
+            return False  # an engine has taken the model over
         # A plain loop: this runs at every update, and a generator would take three times as long.
         for owner, key, parameter, trained in self._watched:
             if owner.get(key) is not parameter or parameter.requires_grad is not trained:
@@ -155,9 +163,10 @@ def every_tensor(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """All parameters and buffers of ``model`` under all their names, those of tied weights included."""
     inner = unwrap(model)
     reshard(inner)
+    flat = slices(model)
     for name, tensor in (*inner.named_parameters(remove_duplicate=False), *inner.named_buffers(remove_duplicate=False)):
         _refuse_lazy(_plain(name), tensor)
-        yield _plain(name), tensor
+        yield _plain(name), flat.get(id(tensor), tensor)
 
 
 def every_name(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -173,8 +182,12 @@ def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
     """What a file of ``model`` holds: its parameters and persistent buffers, as they are in it, each once."""
     inner = unwrap(model)
     reshard(inner)
-    stored = inner.state_dict().keys()
-    return {_plain(name): t for name, t in (*inner.named_parameters(), *inner.named_buffers()) if name in stored}
+    stored, flat = inner.state_dict().keys(), slices(model)
+    return {
+        _plain(name): flat.get(id(tensor), tensor)
+        for name, tensor in (*inner.named_parameters(), *inner.named_buffers())
+        if name in stored
+    }
 
 
 def first_names(model: nn.Module) -> dict[str, str]:

@@ -1,0 +1,137 @@
+"""DeepSpeed ZeRO: a flat float32 partition in each process is what is trained.
+
+Stages 1 and 2 partition all parameters of a group as one row of numbers, so that a process holds slices of some of them
+and nothing of the others; the model computes with whole parameters in low precision, which are gathered after each
+step. Stage 3 cuts each parameter on its own, and gathers its low-precision copy whenever a module needs it.
+
+Everything is found from the parameters themselves, so that the model inside of the engine will do.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+
+from averaging.flat_slice import FlatSlice
+
+
+class _Gathered(FlatSlice):
+    """A parameter of stage 1 or 2: ``shown`` is whole, in low precision."""
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        assert self.shown is not None
+        self.shown.copy_(self.with_piece(self.to_local().to(self.shown.device, self.shown.dtype)).full_tensor())
+
+
+class _Partitioned(FlatSlice):
+    """A parameter of stage 3: ``shown`` is this process's slice in low precision."""
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        assert self.shown is not None
+        self.shown.copy_(self.to_local())
+
+
+def holds(parameter: Any) -> bool:
+    """Whether DeepSpeed trains a slice of ``parameter`` elsewhere."""
+    return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
+
+
+def slices(model: nn.Module) -> Iterator[tuple[Tensor, FlatSlice]]:
+    """The parameters of ``model`` that ZeRO partitions, and what this process holds of them.
+
+    Raises:
+        ValueError: an engine that keeps them where they cannot be averaged.
+    """
+    inner = model.module if isinstance(model, sys.modules["deepspeed"].DeepSpeedEngine) else model
+    for name, parameter in inner.named_parameters():
+        if hasattr(parameter, "ds_id"):
+            yield parameter, _of_stage_3(name, parameter)
+        elif hasattr(parameter, "_hp_mapping"):
+            yield parameter, _of_stage_1_or_2(name, parameter)
+    refuse_stage_0(model)
+
+
+def refuse_stage_0(model: nn.Module) -> None:
+    """Raise where ``model`` is an engine that trains in low precision without ZeRO.
+
+    Raises:
+        ValueError: what is trained are float32 weights that only the engine's optimizer knows.
+    """
+    if (
+        isinstance(model, sys.modules["deepspeed"].DeepSpeedEngine)
+        and model.optimizer is not model.basic_optimizer
+        and not any(holds(parameter) for parameter in model.parameters())
+    ):
+        raise ValueError(
+            "DeepSpeed without ZeRO keeps the float32 weights that it trains in 16 bits to itself, so that they cannot "
+            "be averaged: set the zero_optimization stage to 1, 2 or 3, or use DDP"
+        )
+
+
+def _of_stage_1_or_2(name: str, parameter: Any) -> FlatSlice:
+    _refuse_groups(name, parameter._dp_group)
+
+    def piece() -> Tensor:
+        mapping = parameter._hp_mapping  # another one after DeepSpeed has moved its states
+        return torch.empty(0, device=parameter.device) if mapping is None else mapping.hp_fragment
+
+    mapping = parameter._hp_mapping
+    flat = _Gathered(piece, 0 if mapping is None else mapping.lp_fragment_address.start, parameter)
+    flat.shown = parameter.detach()
+    return flat
+
+
+def _of_stage_3(name: str, parameter: Any) -> FlatSlice:
+    _refuse_groups(name, parameter.ds_process_group)
+    optimizer = getattr(parameter, "_z3_optimizer", None)
+    if optimizer is None:
+        raise _refusal(name, "without an optimizer", "pass the model through deepspeed.initialize with one first")
+    if optimizer.swap_optimizer or optimizer.params_in_nvme_and_cpu:
+        raise _refusal(name, "with offloading to NVMe", "offload to the CPU")
+    if optimizer.zero_hpz_partition_size > 1:
+        raise _refusal(name, "with zero_hpz_partition_size, a second copy", "leave that out")
+    size = parameter.ds_tensor.ds_numel  # the same in all processes, so that the last ones' are padded
+    start = min(distributed.get_rank(parameter.ds_process_group) * size, parameter.ds_numel)
+    count = min(size, parameter.ds_numel - start)
+
+    def low() -> Tensor:
+        part: Tensor = parameter.ds_tensor
+        return part.narrow(0, 0, count)
+
+    place = optimizer.grad_position.get(optimizer.get_param_id(parameter))
+    if place is None:  # frozen: there is no other
+        return FlatSlice(low, start, parameter, parameter.ds_shape)
+    group, first, _ = place
+    flat = _Partitioned(
+        lambda: optimizer.fp32_partitioned_groups_flat[group].narrow(0, first, count),
+        start,
+        parameter,
+        parameter.ds_shape,
+    )
+    flat.shown = low()
+    return flat
+
+
+def release(model: nn.Module) -> None:
+    """Let stage 3 forget what it has gathered, so that what is written to the slices reaches the next forward pass."""
+    optimizers: set[Any] = {getattr(parameter, "_z3_optimizer", None) for parameter in model.parameters()}
+    for optimizer in optimizers - {None}:
+        optimizer.empty_partition_cache()
+
+
+def _refuse_groups(name: str, group: Any) -> None:
+    if distributed.get_world_size(group) != distributed.get_world_size():
+        raise _refusal(name, "in some of the processes only (model, expert or pipeline parallel)", "partition over all")
+
+
+def _refusal(name: str, what: str, way_out: str) -> ValueError:
+    return ValueError(
+        f"parameter {name!r} is held by DeepSpeed ZeRO {what}, which is not supported: {way_out}, use FSDP2 "
+        "(fully_shard) or DDP, or average the saved checkpoints afterwards with `soup`"
+    )
