@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from averaging.checkpoints.checkpoint import in_adapter_file
 from averaging.shards import fsdp_modules, is_flat, is_shard, local, reshard, slices
 
 if TYPE_CHECKING:
@@ -170,11 +171,17 @@ def every_tensor(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def every_name(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """`every_tensor`, of a sharded one what this process holds: one object under each name of a tied weight."""
+    """`every_tensor`, of a sharded one what this process holds: one object under each name of a tied weight.
+
+    What PEFT trains comes also under its name in the adapter's file.
+    """
     shards: dict[int, Tensor] = {}
+    adapted = hasattr(unwrap(model), "peft_config")
     for name, tensor in every_tensor(model):
         if is_shard(tensor):
             tensor = shards.setdefault(id(tensor), local(tensor))
+        if adapted and (filed := in_adapter_file(name)) != name:
+            yield filed, tensor
         yield name, tensor
 
 

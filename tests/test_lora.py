@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from averaging import cli
+from averaging import cli, load_into
 from averaging.checkpoints import Checkpoint
-from averaging.soups import ema, greedy, lm_cocktail, ranked, rewarded, series, task, uniform, wise_ft
+from averaging.soups import ema, greedy, learned, lm_cocktail, ranked, rewarded, series, task, uniform, wise_ft
 
 peft = pytest.importorskip("peft")
 
@@ -224,6 +224,21 @@ def test_other_errors(tmp_path, capsys):
     adapter(tmp_path / "wide", 3, r=4)
     assert cli.main([str(a), str(tmp_path / "wide"), "-o", str(tmp_path / "x")]) == 2
     assert "--lora product" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+@pytest.mark.parametrize("settings", [{}, EVERYTHING | {"modules_to_save": ["head"]}])
+def test_factors_are_loaded_and_learned(tmp_path, settings):
+    """A PEFT model has other names than its file."""
+    folders = [adapter(tmp_path / str(i), i, **settings) for i in range(2)]
+    model = peft.PeftModel.from_pretrained(Base(), folders[0])
+    wanted = peft.PeftModel.from_pretrained(Base(), folders[1])(TOKENS).detach()
+    load_into(model, Checkpoint(folders[1]))
+    torch.testing.assert_close(model(TOKENS), wanted, rtol=0, atol=0)
+    loss = lambda model, batch: (model(TOKENS) - wanted).square().sum()  # noqa: E731
+    found = learned(folders, tmp_path / "out", model=model, loss=loss, batches=[0], epochs=3, lr=1.0)
+    assert found.tried[0].metric > found.tried[-1].metric > 0  # the uniform soup; the one learned in the end
+    assert found.best.name == str(folders[1])
 
 
 PRODUCT = {"lora": "product", "lora_rank": 11}

@@ -307,3 +307,8 @@ def step_in_name(path: Path) -> int | None:
     name = path.name if path.is_dir() else path.stem
     found = re.search(r"step[=_-]?(\d+)", name) or re.search(r"(\d+)(?!.*\d)", name)
     return int(found[1]) if found else None
+
+
+def in_adapter_file(name: str) -> str:
+    """What PEFT calls a tensor in an adapter's file: in the model, it names the adapter and wraps what it trains."""
+    return ".".join(part for part in name.split(".") if part not in ("default", "modules_to_save"))

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 
 from averaging.checkpoints import Checkpoint
+from averaging.checkpoints.checkpoint import in_adapter_file
 from averaging.checkpoints.files import FLOATS, opening
 from averaging.checkpoints.finding import TEMPLATE
 
@@ -61,8 +62,7 @@ def _names(template: Checkpoint, ingredient: Checkpoint) -> dict[str, str]:
     for name, entry in ingredient.entries.items():
         known = name
         if template.kind == "peft" and name not in template.entries:
-            # In the model PEFT names the adapter and wraps what it trains beside it; not so in the file.
-            known = ".".join(part for part in name.split(".") if part not in ("default", "modules_to_save"))
+            known = in_adapter_file(name)
         elif name not in template.entries and (inner := name.partition(".")[2]) in template.entries:
             known = inner  # of a LightningModule, whose attribute the model is
         if known not in template.entries:
