@@ -10,7 +10,7 @@ import torch
 
 from averaging.kernels import rounded
 from averaging.shards import abandon_forward, forget_gathered, local, publish, reshard, shown
-from averaging.weights import Weights, every_tensor
+from averaging.weights import Weights, every_filed_name
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -81,7 +81,7 @@ def _pair(model: nn.Module, weights: Average | Weights) -> Mapping[str, tuple[Te
         if not weights.ready:
             return {}
         weights = weights.average(rounded=True)
-    targets = dict(every_tensor(model))
+    targets = dict(every_filed_name(model))
     pairs: dict[str, tuple[Tensor, Tensor]] = {}
     written: dict[int, str] = {}
     for name, source in weights.items():

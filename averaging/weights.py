@@ -171,18 +171,21 @@ def every_tensor(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def every_name(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """`every_tensor`, of a sharded one what this process holds: one object under each name of a tied weight.
-
-    What PEFT trains comes also under its name in the adapter's file.
-    """
+    """`every_tensor`, of a sharded one what this process holds: one object under each name of a tied weight."""
     shards: dict[int, Tensor] = {}
-    adapted = hasattr(unwrap(model), "peft_config")
     for name, tensor in every_tensor(model):
         if is_shard(tensor):
             tensor = shards.setdefault(id(tensor), local(tensor))
+        yield name, tensor
+
+
+def every_filed_name(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """`every_tensor`, and what PEFT trains also under its name in the adapter's file."""
+    adapted = hasattr(unwrap(model), "peft_config")
+    for name, tensor in every_tensor(model):
+        yield name, tensor
         if adapted and (filed := in_adapter_file(name)) != name:
             yield filed, tensor
-        yield name, tensor
 
 
 def stored_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -205,7 +205,7 @@ def learned(
     import torch
 
     from averaging.apply import load_into
-    from averaging.weights import every_name
+    from averaging.weights import every_filed_name
 
     if normalize not in (*get_args(Normalize), None):
         raise ValueError(f"normalize={normalize!r}: give 'softmax' or None")
@@ -215,7 +215,7 @@ def learned(
         raise ValueError(f"epochs={epochs!r}: must be at least 1")
     models = opened(paths)
     first: dict[int, str] = {}
-    names = {name: first.setdefault(id(tensor), name) for name, tensor in every_name(model)}
+    names = {name: first.setdefault(id(tensor), name) for name, tensor in every_filed_name(model)}
     space = Space(models, output, per, "learned", options, names)
     plots.check_plot(plot, output, options.get("force", False))
     settings = {"per": per, "normalize": normalize, "lr": lr, "seed": seed}
@@ -364,12 +364,12 @@ def _prepared(model: nn.Module, ingredient: Checkpoint) -> Iterator[dict[str, Te
     import torch
 
     from averaging.soups.engine import AVERAGED
-    from averaging.weights import every_name
+    from averaging.weights import every_filed_name
 
     modes = {module: module.training for module in model.modules()}
     parameters: dict[str, Tensor] = {}
     seen: dict[int, str] = {}
-    for name, tensor in every_name(model):
+    for name, tensor in every_filed_name(model):
         entry = ingredient.entries.get(name)
         held = entry is not None and entry.dtype in AVERAGED and isinstance(tensor, torch.nn.Parameter)
         if held and seen.setdefault(id(tensor), name) == name:
