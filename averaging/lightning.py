@@ -205,6 +205,12 @@ class AveragingCallback(CallbackCore, Callback):
                 'them would be in its checkpoints: use ModelParallelStrategy (FSDP2) or strategy="ddp", transformers\' '
                 "Trainer with DeepSpeed, or average the saved checkpoints afterwards with `soup`"
             )
+        if type(strategy).__name__ == "FSDPStrategy":
+            raise ValueError(
+                "averages under Lightning's FSDPStrategy (FSDP1) are not supported, as callbacks get the module inside "
+                "of the wrapper that alone knows what the parameters are: use ModelParallelStrategy (FSDP2) or "
+                'strategy="ddp", or average the saved checkpoints afterwards with `soup`'
+            )
         if not is_sharded(module):
             return
         if not getattr(strategy, "_save_distributed_checkpoint", True):

@@ -25,7 +25,9 @@ def is_shard(tensor: Tensor) -> bool:
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether this process may hold only a part of a parameter of ``model``."""
-    return any(is_shard(p) or is_flat(p) for p in model.parameters()) or bool(fsdp_modules(model))
+    return any(is_shard(p) or is_flat(p) for p in model.parameters()) or any(
+        getattr(part, "is_sharded", True) for part in fsdp_modules(model)
+    )
 
 
 def is_flat(parameter: Tensor | None) -> bool:
@@ -40,8 +42,8 @@ def slices(model: nn.Module) -> dict[int, Tensor]:
     Raises:
         ValueError: the engine keeps them in a way that is not supported.
     """
-    zero = _zero()
-    return {} if zero is None else {id(parameter): flat for parameter, flat in zero.slices(model)}
+    engines = [engine for engine in (_zero(), _fsdp1()) if engine is not None]
+    return {id(parameter): flat for engine in engines for parameter, flat in engine.slices(model)}
 
 
 def _zero() -> Any:
@@ -51,6 +53,15 @@ def _zero() -> Any:
     from averaging import zero
 
     return zero
+
+
+def _fsdp1() -> Any:
+    """What is special about FSDP1, if FSDP was imported."""
+    if "torch.distributed.fsdp" not in sys.modules:
+        return None
+    from averaging import fsdp1
+
+    return fsdp1
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -63,9 +74,11 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def fsdp_modules(model: nn.Module) -> list[Any]:
-    """The modules to which `fully_shard` was applied."""
+    """The modules to which `fully_shard` was applied, and those wrapped in FSDP1, each of which can ``reshard``."""
     fsdp = sys.modules.get("torch.distributed.fsdp")  # where it was not imported, there is none
-    return [] if fsdp is None else [part for part in model.modules() if isinstance(part, fsdp.FSDPModule)]
+    if fsdp is None:
+        return []
+    return [*(part for part in model.modules() if isinstance(part, fsdp.FSDPModule)), *_fsdp1().units(model)]
 
 
 def reshard(model: nn.Module) -> None:
@@ -73,7 +86,7 @@ def reshard(model: nn.Module) -> None:
 
     FSDP2 keeps what the root's forward pass has gathered until a backward pass is over. After one without gradients,
     what is written to the shards would not reach the next forward pass, and `model.parameters()` would not be the
-    shards. Nothing is communicated.
+    shards; and so with FSDP1. Nothing is communicated.
     """
     for part in fsdp_modules(model):
         part.reshard()
@@ -99,13 +112,15 @@ def forget_gathered(model: nn.Module) -> None:
 
 
 def abandon_forward(model: nn.Module) -> None:
-    """`reshard` after an exception, which may have cut off a forward pass that FSDP2 would hold to be under way."""
+    """`reshard` after an exception, which may have cut off a forward pass that FSDP would hold to be under way."""
     inside: set[nn.Module] = set()
     for part in fsdp_modules(model):
         # Of nested ones the outermost, which comes first, knows of the others. (torch before 2.13 cannot do it.)
-        if part not in inside and hasattr(part, "reset_iter_state"):
+        if hasattr(part, "reset_iter_state") and part not in inside:
             part.reset_iter_state()
-        inside.update(part.modules())
+            inside.update(part.modules())
+    if (fsdp1 := _fsdp1()) is not None:
+        fsdp1.abandon_forward(model)
     reshard(model)
 
 

@@ -50,13 +50,6 @@ def _averageable(tensor: Tensor) -> bool:
 
 def _refuse_engines(module: nn.Module) -> None:
     """Raise for engines whose parameters are not where training writes: their average would be silently wrong."""
-    for part in module.modules():
-        if type(part).__name__ == "FullyShardedDataParallel":
-            raise ValueError(
-                "the model is sharded by FullyShardedDataParallel (FSDP1), which is not supported, as it tells nobody "
-                "when its parameters are the shards: use FSDP2 (fully_shard) or DDP, or average the saved checkpoints "
-                "afterwards with `soup`"
-            )
     for name, parameter in module.named_parameters():
         if parameter.is_meta:
             raise ValueError(f"parameter {name!r} is on the meta device, without values: materialize the model first")
@@ -66,6 +59,16 @@ def _refuse_lazy(name: str, tensor: Tensor) -> None:
     """Raise for a tensor whose shape is not known yet."""
     if is_lazy(tensor):
         raise ValueError(f"{name!r} is in a lazy module that has not seen any input so far: run it on a batch first")
+
+
+def _persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The buffers that a checkpoint holds: the others are computed from the configuration."""
+    passing = {
+        id(part._buffers[key])
+        for part in module.modules()
+        for key in getattr(part, "_non_persistent_buffers_set", ())  # which scripted modules do not have
+    }
+    return ((name, buffer) for name, buffer in module.named_buffers() if id(buffer) not in passing)
 
 
 class Binding:
@@ -103,14 +106,8 @@ class Binding:
                     part = flat.get(id(parameter))
                     self.tensors[name] = parameter if part is None else part
         if buffers:
-            # Only those that a checkpoint holds: the others are computed from the configuration.
-            passing = {
-                id(part._buffers[key])
-                for part in inner.modules()
-                for key in getattr(part, "_non_persistent_buffers_set", ())  # which scripted modules do not have
-            }
-            for name, buffer in inner.named_buffers():
-                if _averageable(buffer) and id(buffer) not in passing:
+            for name, buffer in _persistent_buffers(inner):
+                if _averageable(buffer):
                     self.tensors[_plain(name)] = buffer
         if not self.tensors:
             raise ValueError(
@@ -192,11 +189,10 @@ def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
     """What a file of ``model`` holds: its parameters and persistent buffers, as they are in it, each once."""
     inner = unwrap(model)
     reshard(inner)
-    stored, flat = inner.state_dict().keys(), slices(model)
+    flat = slices(model)
     return {
         _plain(name): flat.get(id(tensor), tensor)
-        for name, tensor in (*inner.named_parameters(), *inner.named_buffers())
-        if name in stored
+        for name, tensor in (*inner.named_parameters(), *_persistent_buffers(inner))
     }
 
 

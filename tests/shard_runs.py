@@ -12,7 +12,7 @@ import torch
 from ddp_runs import collectives, count_collectives, data
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
@@ -81,21 +81,23 @@ def loss(net: Net, step: int, different: bool = True) -> torch.Tensor:
     return nn.functional.cross_entropy(net(x).float(), y)
 
 
-def gathered(net: nn.Module, **which: Any) -> dict[str, torch.Tensor]:
+def gathered(net: nn.Module) -> dict[str, torch.Tensor]:
     """The whole trained weights, copied; every process takes part."""
     for part in net.modules():
         if isinstance(part, FSDPModule):
             part.reshard()
-    return {
-        name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
-        for name, p in net.named_parameters()
-        if p.requires_grad
-    }
+    with FullyShardedDataParallel.summon_full_params(net, writeback=False):  # which names them as the model does
+        return {
+            name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
+            for name, p in net.named_parameters()
+            if p.requires_grad
+        }
 
 
 def whole(net: nn.Module, weights: Any) -> dict[str, torch.Tensor]:
     """``weights``, this process's parts of ``net``'s, gathered."""
-    parameters = dict(net.named_parameters())
+    parameters = {name.replace("_fsdp_wrapped_module.", ""): p for name, p in net.named_parameters()}
+    shapes = gathered(net) if isinstance(net, FullyShardedDataParallel) else {}
     out = {}
     for name, part in weights.items():
         like = parameters[name]
@@ -103,6 +105,11 @@ def whole(net: nn.Module, weights: Any) -> dict[str, torch.Tensor]:
             part = DTensor.from_local(
                 part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
             ).full_tensor()
+        elif name in shapes:
+            parts: list[Any] = [None] * distributed.get_world_size()
+            distributed.all_gather_object(parts, part)
+            if any(other.shape != shapes[name].shape for other in parts):
+                part = torch.cat(parts).view(shapes[name].shape)  # in the order of the processes
         out[name] = part.clone()
     return out
 
@@ -184,20 +191,38 @@ def evaluations(net: Net, kept: list[Averager], losses: dict[int, Any]) -> Calla
                 load_into(plain, weights)
                 expected.append(loss(plain, 50, False))
             losses[step] = ([before, under, inner, again, loss(net, 50, False)], expected)
-        forward = net.inner.forward
+        inner = getattr(net.inner, "_fsdp_wrapped_module", net.inner)
+        forward = inner.forward
         for stop in (Interrupted, KeyboardInterrupt):
 
             def interrupt(x: torch.Tensor, stop: Any = stop) -> torch.Tensor:
                 raise stop
 
-            net.inner.forward = interrupt  # type: ignore[method-assign]
+            inner.forward = interrupt  # type: ignore[method-assign]
             try:
                 with applied(net, kept[3]), torch.no_grad():
                     net(batch(50)[0])
             except stop:
-                net.inner.forward = forward  # type: ignore[method-assign]
+                inner.forward = forward  # type: ignore[method-assign]
 
     return look
+
+
+def beside_the_gathered(build: Callable[[], Net], folder: Path, different: bool) -> dict[str, Any]:
+    """A run with averages and evaluations, beside one without."""
+    kept, losses = averagers(folder), {}
+    plain, net = train(build(), different=different)["final"], build()
+    result = train(net, kept, evaluations(net, kept, losses), different)
+    load_into(net, kept[1])
+    return {
+        **result,
+        "untouched": same(result["final"], plain),
+        "losses": losses,
+        "loaded": same(gathered(net), whole(net, kept[1].average(rounded=True))),
+        "names": [*named_weights(net)],
+        "shapes": {name: list(tensor.shape) for name, tensor in kept[3].average().items()},
+        "plain": all(type(tensor) is torch.Tensor for average in kept for tensor in average.average().values()),
+    }
 
 
 def core(folder: Path) -> dict[str, Any]:
@@ -214,19 +239,7 @@ def core(folder: Path) -> dict[str, Any]:
     }
     results: dict[str, Any] = {"engines": {}}
     for name, (build, different) in engines.items():
-        kept, losses = averagers(folder), {}
-        plain, net = train(build(), different=different)["final"], build()
-        result = train(net, kept, evaluations(net, kept, losses), different)
-        load_into(net, kept[1])
-        results["engines"][name] = {
-            **result,
-            "untouched": same(result["final"], plain),
-            "losses": losses,
-            "loaded": same(gathered(net), whole(net, kept[1].average(rounded=True))),
-            "names": [*named_weights(net)],
-            "shapes": {name: list(tensor.shape) for name, tensor in kept[3].average().items()},
-            "plain": all(type(tensor) is torch.Tensor for average in kept for tensor in average.average().values()),
-        }
+        results["engines"][name] = beside_the_gathered(build, folder, different)
     results["write-backs"] = [
         train(fsdp(Net()), [average]) for average in (ElasticReset(4, 0.8), EMA(0.8, switch=4, name="switch"))
     ]
@@ -268,18 +281,18 @@ def state(net: Net, optimizer: torch.optim.Optimizer) -> list[Any]:
 def goes_on(net: nn.Module, kept: list[Averager], references: list[Averager], seen: list[Any], steps: range) -> Any:
     """Train ``net``; whether the averages are those of the weights ``seen`` at each step before, and since then."""
     weights: list[dict[str, torch.Tensor]] = []
-    optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.5)
+    plain = net.module if isinstance(net, DistributedDataParallel) else net
+    optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.05)
     for step in steps:
         loss(net, step).backward()
         optimizer.step()
         optimizer.zero_grad()
-        weights.append(gathered(getattr(net, "module", net)))
+        weights.append(gathered(plain))
         for average in kept:
             average.update(net, step)
     for reference in references:
         for step, values in enumerate([*seen, *weights]):
             reference.update(values, step)
-    plain = getattr(net, "module", net)
     right = {a.name: same(whole(plain, a.average()), r.average()) for a, r in zip(kept, references, strict=True)}
     return {"weights": weights, "right": right}
 

@@ -1,0 +1,139 @@
+"""Averages of models in FullyShardedDataParallel (FSDP1), in a loop; and their files."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from ranks import once_on_ranks
+from safetensors.torch import load_file
+from shard_runs import Net, averagers, same
+from test_shards import TRAINED
+
+from averaging import load_into
+
+ENGINES = ["FULL_SHARD", "FULL_SHARD, bf16 weights", "FULL_SHARD, bf16 policy", "SHARD_GRAD_OP", "NO_SHARD"]
+
+
+@pytest.fixture(scope="module")
+def core(tmp_path_factory):
+    return once_on_ranks(2, "fsdp1_runs:core", tmp_path_factory.getbasetemp())[1]
+
+
+every_engine = pytest.mark.parametrize("engine", ENGINES)
+
+
+@every_engine
+def test_the_average_of_the_slices_is_the_slice_of_the_average(engine, core):
+    for rank in core:
+        result = rank["engines"][engine]
+        assert len(result["right"]) == 14
+        assert all(result["right"].values()), result["right"]
+        assert result["names"] == TRAINED  # a tied weight once, no frozen one
+        assert result["plain"]
+
+
+def test_memory_is_that_of_the_slices(core):
+    shapes = [rank["engines"]["FULL_SHARD"]["shapes"] for rank in core]
+    assert [shape["inner.weight"] for shape in shapes] == [[140], [108]]
+    assert [shape["outer.bias"] for shape in shapes] == [[0], [8]]
+    assert [rank["engines"]["NO_SHARD"]["shapes"]["inner.weight"] for rank in core] == [[31, 8], [31, 8]]
+
+
+@every_engine
+def test_evaluations_see_the_average_and_training_notices_nothing(engine, core):
+    for rank in core:
+        result = rank["engines"][engine]
+        assert result["untouched"]  # after evaluations that ended, and others that broke off
+        assert result["loaded"]
+        for step in (2, 4):
+            (online, outer, inner, outer_again, online_again), expected = result["losses"][step]
+            assert torch.equal(outer, outer_again)
+            assert torch.equal(online, online_again)
+            torch.testing.assert_close(
+                [online, outer, inner], expected, rtol=2e-2 if "bf16" in engine else 1e-5, atol=0
+            )
+        assert len({loss.item() for loss in expected}) == 3
+
+
+def test_updates_communicate_nothing(core):
+    assert [rank["collectives"] for rank in core] == [(0, 1), (0, 1)]
+
+
+def test_weights_written_back_reach_training(core):
+    for rank in core:
+        for result, name in zip(rank["write-backs"], ("elasticreset", "switch"), strict=True):
+            assert result["written_back"] == [(4, name)]
+            assert all(result["right"].values()), result["right"]
+        assert rank["anchor"]
+        assert "inner.bias" in rank["frozen"]
+
+
+def test_averages_and_evaluations_between_forward_and_backward_and_while_gradients_accumulate(core):
+    for rank in core:
+        assert rank["between"] == {"FULL_SHARD": [True] * 3, "SHARD_GRAD_OP": [True] * 3}
+        assert rank["accumulated"]
+
+
+def test_what_cannot_be_averaged_is_refused_with_a_way_out(core):
+    for rank in core:
+        assert "pass use_orig_params=True" in rank["one parameter"]
+        assert "give the wrapped model" in rank["inside"]
+
+
+# ---------------------------------------------------------------------- files
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """The folder that two processes wrote to, and what they found."""
+    return once_on_ranks(2, "fsdp1_runs:files", tmp_path_factory.getbasetemp())
+
+
+def test_a_resumed_run_equals_the_straight_one(two):
+    folder, ranks = two
+    assert [rank["resumed"] for rank in ranks] == [True, True]
+    assert not [*folder.rglob(".averaging-*")]
+
+
+@pytest.mark.parametrize("engine", ["FSDP2", "DDP", "FSDP1", "FSDP1, SHARD_GRAD_OP"])
+def test_averages_go_on_in_other_engines(engine, two):
+    _, ranks = two
+    for rank in ranks:
+        assert len(rank[engine]) == 7
+        assert all(rank[engine].values()), rank[engine]
+
+
+def test_one_process_reads_what_two_have_saved(two):
+    folder, (first, _) = two
+    for average in averagers(folder):
+        average.load(folder / "at-3" / average.name)
+        assert same(average.average(), first["saved"][average.name]), average.name
+        load_into(Net(), average)
+
+
+def test_the_whole_model_is_one_file_and_so_is_a_snapshot(two):
+    folder, (first, _) = two
+    written = load_file(folder / "whole.safetensors")
+    model = Net()
+    assert written.keys() == model.state_dict().keys() - {"head.weight"}  # tied: written once
+    assert torch.equal(written["inner.bias"], model.inner.bias)  # frozen: the model's own
+    for name, tensor in first["saved"]["lawa-cpu"].items():
+        assert torch.equal(written[name], tensor)
+    snapshots = sorted((folder / "trail").glob("step-*.safetensors"))
+    assert len(snapshots) == 3
+    for file in snapshots:
+        assert same(load_file(file), load_file(folder / "trail-expected" / file.name))
+
+
+def test_four_processes_read_what_two_have_saved(two, tmp_path_factory):
+    _, (first, _) = two
+    folder, ranks = once_on_ranks(4, "fsdp1_runs:four", tmp_path_factory.getbasetemp())
+    for rank in ranks:
+        for layout in ("FULL_SHARD", "HYBRID_SHARD"):
+            for name, average in first["saved"].items():
+                assert same(rank[layout][name], {key: value.float() for key, value in average.items()}), name
+        assert rank["collectives"] == (0, 1)
+    for layout in ("FULL_SHARD", "HYBRID_SHARD"):
+        for average in averagers(folder):
+            average.load(folder / layout / average.name)
+            assert same(average.average(), first["saved"][average.name]), average.name
