@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from averaging.apply import load_into
 from averaging.randomness import random_state
-from averaging.shards import is_flat
+from averaging.shards import is_flat, is_sharded
 from averaging.weights import every_name, named_weights, unwrap
 
 if TYPE_CHECKING:
@@ -119,6 +119,11 @@ def _adapter_names(policy: nn.Module, trained: dict[str, Tensor]) -> dict[str, s
         last = len(parts) - 1 - parts[::-1].index(active[0])
         names[name] = ".".join([*parts[:last], ADAPTER, *parts[last + 1 :]])
     if ADAPTER not in policy.peft_config:
+        if is_sharded(policy):
+            raise ValueError(
+                f"the policy is sharded, so that no adapter can be added to it any more: add {ADAPTER!r}, a copy of "
+                f"{active[0]!r}, before, or give a reference model"
+            )
         config = copy.deepcopy(policy.peft_config[active[0]])
         # Other ways to begin would change the base model; and a reference has no dropout.
         for option, value in (("init_lora_weights", True), ("lora_dropout", 0.0)):

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import averaging
 from averaging import BEMA, EMAAnchor, Reference, named_weights
@@ -339,6 +341,18 @@ def test_refused_anywhere(policy_path, tokenizer, tmp_path):
     run = trl.SFTTrainer(policy_path, config, train_dataset=texts, processing_class=tokenizer, callbacks=Callback())
     with pytest.raises(ValueError, match="SFTTrainer has no reference"):
         run.train()
+
+
+def test_a_sharded_policy_gets_no_adapter_as_its_reference(tmp_path):
+    policy = peft.get_peft_model(nn.Sequential(nn.Linear(3, 2)), peft.LoraConfig(r=1, target_modules=["0"]))
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        fully_shard(policy, mesh=init_device_mesh("cpu", (1,)))
+        with pytest.raises(ValueError, match="the policy is sharded, so that no adapter can be added"):
+            Reference(EMAAnchor(0.5), policy)
+    finally:
+        distributed.destroy_process_group()
+    assert [*policy.peft_config] == ["default"]
 
 
 def test_resuming_without_the_state_is_an_error(policy_path, tokenizer, tmp_path):
