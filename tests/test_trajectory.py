@@ -184,6 +184,7 @@ def test_a_full_disk_is_a_clear_error_and_training_can_go_on(tmp_path, monkeypat
 def test_in_a_distributed_run_one_rank_writes(tmp_path, monkeypatch):
     monkeypatch.setattr(trail.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(trail.distributed, "get_rank", lambda: 1)
+    monkeypatch.setattr(trail.distributed, "get_world_size", lambda: 2)
     run(Trajectory(tmp_path, every=1), network(), [1, 2])
     assert not os.listdir(tmp_path)
 
