@@ -11,7 +11,9 @@ import tempfile
 from pathlib import Path
 from unittest import mock
 
+import dcp_files
 import hostile
+import hostile_formats
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -171,3 +173,28 @@ def test_records(capsys, data):
         return ["--recipe", hostile.write(root / "soup.json", json.dumps(data.draw(mutated(record))).encode())]
 
     attempt(build, capsys, readable=False, may_name=["soup.json"])
+
+
+@CHOSEN
+@given(data=st.data())
+def test_distributed_checkpoints(capsys, data):
+    def build(root):
+        for name in ("step-1", "step-2"):
+            dcp_files.write(root / name, {"w": torch.ones(4, 4)}, {"w": [[2], []]})
+        bad = root / "step-2" / data.draw(st.sampled_from([".metadata", "__0_0.distcp", "__2_0.distcp"]))
+        bad.write_bytes(data.draw(damaged(bad.read_bytes())))
+        return ["step-1", "step-2"]
+
+    attempt(build, capsys, readable=False)
+
+
+@CHOSEN
+@given(config=mutated(hostile_formats.LORA | {"alpha_pattern": {"q_proj": 3}, "rank_pattern": {"q_proj": 2}}))
+def test_adapters(capsys, config):
+    def build(root):
+        for name, said in (("one", hostile_formats.LORA), ("two", config)):
+            hostile.write(root / name / "adapter_model.safetensors", hostile_formats.factors())
+            hostile.write(root / name / "adapter_config.json", json.dumps(said).encode())
+        return ["one", "two", "--lora", "product"]
+
+    attempt(build, capsys, readable=False)
