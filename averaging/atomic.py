@@ -143,6 +143,13 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+def fsync_way(path: Path) -> None:
+    """Bring to the disk the names of all folders on the way to ``path``: whoever made them may not have done it."""
+    for folder in Path(os.path.realpath(path)).parents:
+        with contextlib.suppress(PermissionError):  # to read it; so it was not made by this run
+            fsync(folder)
+
+
 def _move(new: Path, target: Path, aside: Path) -> None:
     """Put ``new`` at ``target``; what was there ends below the staging folder and is removed with it."""
     if not target.is_dir() and not (new.is_dir() and target.exists()):

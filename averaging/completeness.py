@@ -21,7 +21,7 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any, ClassVar
 
-from averaging.atomic import PREFIX, flush, fsync, replacing
+from averaging.atomic import PREFIX, flush, fsync_way, replacing
 from averaging.unpickling import InertUnpickler
 
 MANIFEST = "averaging-manifest.json"
@@ -77,7 +77,7 @@ def seal(folder: Path, mark: str | None = None, known: Checksums | None = None) 
         checksums[identity] = (known or {}).get(identity) or _crc32(file)
         files[name.as_posix()] = (stat.st_size, checksums[identity])
     flush(folder)
-    fsync(folder.parent)
+    fsync_way(folder)
     _write(folder, {"version": VERSION, "complete": True, "mark": mark, "files": files})
     return checksums
 

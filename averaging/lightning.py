@@ -35,7 +35,7 @@ from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torchmetrics import Metric
 
 from averaging.apply import applied, load_into
-from averaging.atomic import locked, replacing
+from averaging.atomic import fsync_way, locked, replacing
 from averaging.averager import Average, Averager
 from averaging.batchnorm import unnoticed
 from averaging.callbacks import (
@@ -452,6 +452,7 @@ class _CheckpointIO(TorchCheckpointIO):
             except Exception:  # not Ctrl-C, which may come when the checkpoint is already there
                 shutil.rmtree(folder, ignore_errors=True)
                 raise
+        fsync_way(Path(path))
         for old in replaced:
             _remove(old)
 

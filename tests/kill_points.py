@@ -46,8 +46,8 @@ PATIENCE = 10
 
 Announce = Callable[[int], None]
 Run = Callable[[Path, bool, Announce], tuple[int, str]]
-"""Of a folder, whether the run is the first (else it resumes from what is there) and whom to tell of the steps whose
-saving has ended: the step it began with, and a digest of its end."""
+"""Of a folder that need not exist, whether the run is the first (else it resumes from what is there), and whom to tell
+of the steps whose saving has ended: the step it began with, and a digest of its end."""
 
 
 def start(*arguments: str) -> dict[str, Any]:
@@ -200,7 +200,7 @@ def loop_run(rotation: bool) -> Run:
     from torch.distributed.fsdp import fully_shard
 
     from averaging import EMA, LAWA, named_weights
-    from averaging.atomic import fsync
+    from averaging.atomic import fsync_way
 
     class Trained:
         def __init__(self) -> None:
@@ -221,8 +221,7 @@ def loop_run(rotation: bool) -> Run:
             averager.save(averages / averager.name)
         rank = distributed.get_rank()
         if rank == 0:  # torch brings its files to the disk, but not their names
-            fsync(checkpoint)
-            fsync(folder)
+            fsync_way(checkpoint / "any of them")
         distributed.barrier()
         announce(run.step)
         if rotation and rank == 0:
@@ -290,6 +289,10 @@ def sharded_transformers_run(rotation: bool) -> Run:
     def averagers() -> list[Any]:
         return [LAWA(k=3, every=1), EMA(0.8)]
 
+    def reference(folder: Path) -> Path:
+        """Outside of what is watched."""
+        return folder.parents[2] / "reference"
+
     def averages(checkpoint: Path) -> dict[str, str]:
         """All that is averaged in a checkpoint: its state, and the model that opens."""
         found = {}
@@ -302,7 +305,7 @@ def sharded_transformers_run(rotation: bool) -> Run:
     def look(folder: Path) -> tuple[int, str]:
         newest = 0
         for checkpoint in folder.glob("checkpoint-*"):
-            expected = averages(folder.with_name("reference") / checkpoint.name)
+            expected = averages(reference(folder) / checkpoint.name)
             whole = flaw(checkpoint) is None
             try:
                 right = averages(checkpoint) == expected
@@ -321,7 +324,7 @@ def sharded_transformers_run(rotation: bool) -> Run:
             return look(folder)
         announcing_seals(averaging.transformers, announce)
         distributed.init_process_group("gloo")
-        place = folder.with_name("model")
+        place = reference(folder).with_name("model")
         if distributed.get_rank() == 0:
             tiny_model().save_pretrained(place)
         distributed.barrier()
@@ -360,8 +363,8 @@ RUNS = {
 # ---------------------------------------------------------------------- what lies in a folder
 
 State = tuple[tuple[str, "str | bytes | None"], ...]
-"""All below a folder: relative paths, with bytes for a file, the target of a link, or None for a folder. What is at the
-top is in the order in which it was changed."""
+"""All below a folder: relative paths, with bytes for a file, the target of a link, or None for a folder; in each folder
+in the order in which they were changed."""
 
 _KNOWN: dict[bytes, bytes] = {}
 
@@ -372,13 +375,15 @@ def read(folder: Path) -> State:
             yield name, os.readlink(path)
         elif path.is_dir():
             yield name, None
-            for child in sorted(path.iterdir()):
+            for child in in_order(path):
                 yield from below(child, f"{name}/{child.name}")
         else:
             yield name, known(path.read_bytes())
 
-    top = sorted(folder.iterdir(), key=lambda path: (path.lstat().st_mtime_ns, path.name))
-    return tuple(entry for path in top for entry in below(path, path.name))
+    def in_order(path: Path) -> list[Path]:
+        return sorted(path.iterdir(), key=lambda child: (child.lstat().st_mtime_ns, child.name))
+
+    return tuple(entry for path in in_order(folder) for entry in below(path, path.name))
 
 
 def names(state: State) -> list[str]:
@@ -400,8 +405,8 @@ def write(state: State, folder: Path) -> None:
             path.write_bytes(content)
         else:
             path.symlink_to(content)
-    for order, path in enumerate(dict.fromkeys(name.partition("/")[0] for name, _ in state)):
-        os.utime(folder / path, (order, order), follow_symlinks=False)
+    for order, (name, _) in enumerate(state):
+        os.utime(folder / name, (order, order), follow_symlinks=False)
 
 
 # ---------------------------------------------------------------------- a loss of power
@@ -541,7 +546,7 @@ class Harness:
         if scenario.resuming < scenario.ranks:
             self.begin()
             self.fork(scenario.ranks, first=True, run=scenario.build(False))
-            self.folder.rename(self.base / "reference")
+            (self.folder / "runs" / "new").rename(self.base / "reference")
         self.expected = self.resumed(())[1]
 
     def begin(self) -> None:
@@ -624,7 +629,7 @@ class Harness:
                 with open(self.announced, "a") as file:
                     file.write(f"{step}\n")
 
-            result = run(self.folder, first, announce)
+            result = run(self.folder / "runs" / "new", first, announce)
             (self.base / f"result-{rank}").write_text(json.dumps(result))
             status = 0
         except BaseException:
