@@ -21,7 +21,7 @@ from kill_points import KILLED, SAVE_EVERY, start, summary
     [
         ("transformers", True, 91, 0),
         ("transformers", False, 97, 0),
-        ("lightning", True, 31, 0),
+        ("lightning", True, 71, 0),
         ("lightning", False, 31, 0),
         ("lightning-ddp", True, 71, 151),
         ("loop-fsdp2", True, 101, 151),
