@@ -55,6 +55,7 @@ from averaging.callbacks import (
 )
 from averaging.completeness import Checksums, begin, require_whole, seal
 from averaging.randomness import random_state
+from averaging.schedule_free import enter_eval, evaluating
 from averaging.shard_files import Parts, StoredParts, model_parts, replacing_together, save_model_parts, shards_of
 from averaging.shards import is_sharded
 from averaging.weights import Weights, every_name, first_names
@@ -272,6 +273,8 @@ class AveragingCallback(CallbackCore, Callback):
         if not self.average.ready:
             self.warn_no_average()
             return
+        for optimizer in trainer.optimizers:
+            enter_eval(optimizer)  # before a validation after training does, on what is put into the model here
         own = dict(every_name(pl_module))
         online = {name: own[name].detach().to("cpu", copy=True) for name in self.average.average(rounded=True)}
         load_into(pl_module, self.average)
@@ -285,6 +288,7 @@ class AveragingCallback(CallbackCore, Callback):
         self._rewind = random_state()
         if self.evaluate != "online" and self.average is not None:
             self._evaluation = ExitStack()
+            self._evaluation.enter_context(evaluating(trainer.optimizers))
             self._online = self._evaluation.enter_context(applied(pl_module, self.average))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -294,7 +298,10 @@ class AveragingCallback(CallbackCore, Callback):
         if self._rewind is not None:  # this callback leads
             averages = self.averages(self._all_averagers(trainer))
             for name in self.beside(averages):
-                with nullcontext() if name == ONLINE else applied(pl_module, averages[name]):
+                with (
+                    evaluating(trainer.optimizers),
+                    nullcontext() if name == ONLINE else applied(pl_module, averages[name]),
+                ):
                     _validate_again(trainer, f"{name}_", self._rewind)
         self.observe(trainer.callback_metrics, trainer.global_step)
 

@@ -50,6 +50,7 @@ from averaging.callbacks import (
 from averaging.completeness import Checksums, begin, require_whole, say_skipped, seal, search
 from averaging.randomness import random_state
 from averaging.schedule import Span
+from averaging.schedule_free import enter_eval
 from averaging.shard_files import replacing_together
 from averaging.shards import is_sharded
 from averaging.weights import named_weights
@@ -165,6 +166,7 @@ class AveragingCallback(CallbackCore, TrainerCallback):
         if self._detach is None:
             return
         averagers = self._detach()
+        enter_eval(kwargs["optimizer"])  # before an evaluation after training does, on what is put into the model here
         if args.load_best_model_at_end and state.best_model_checkpoint:
             trainer, _ = _running_trainer(self, args, state)
             best, names = Path(state.best_model_checkpoint), [*by_name(averagers)]
@@ -204,7 +206,7 @@ class AveragingCallback(CallbackCore, TrainerCallback):
 
         @functools.wraps(evaluation_loop)
         def evaluate(*args: Any, **kwargs: Any) -> Any:
-            _enter_eval(trainer.optimizer)
+            enter_eval(trainer.optimizer)
             rewind = random_state()
             metrics: dict[str, float] = {}
             for name in self.beside(averages):
@@ -562,12 +564,6 @@ def _steps_per_epoch(args: TrainingArguments, dataloader: Any) -> int | None:
 def _skipped(kwargs: dict[str, Any]) -> bool:
     """Whether fp16 found an overflow, so that nothing was learned in this step."""
     return bool(getattr(kwargs.get("optimizer"), "step_was_skipped", False))
-
-
-def _enter_eval(optimizer: Any) -> None:
-    """Let a schedule-free optimizer put its weights into the model before they are set aside, not after."""
-    if callable(enter := getattr(optimizer, "eval", None)):
-        enter()
 
 
 class BEMA(BEMASettings, AveragingCallback):
