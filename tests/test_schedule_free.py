@@ -120,7 +120,8 @@ from averaging.transformers import LAWA  # noqa: E402
 
 @pytest.mark.parametrize("eval_strategy", ["steps", "no"])  # training ends with an evaluation, or without
 def test_transformers(tmp_path, eval_strategy):
-    options = {"optim": "schedule_free_adamw", "adam_beta1": BETA, "save_strategy": "no", "eval_strategy": eval_strategy}
+    options = {"optim": "schedule_free_adamw", "adam_beta1": BETA, "save_strategy": "no"}
+    options |= {"eval_strategy": eval_strategy}
     alone = Recorder()
     trainer(tmp_path / "alone", [alone], **options).train()
     seen = Recorder()
