@@ -476,8 +476,7 @@ deepspeed(
     change=states(lambda path: torch_().save({"module": Harm("harmed")}, path)),
 )
 for name, files in {
-    "of ZeRO-3": ["zero_pp_rank_0_mp_rank_00_model_states.pt", "zero_pp_rank_1_mp_rank_00_model_states.pt"],
-    "of ZeRO-3 with a rank missing": ["zero_pp_rank_1_mp_rank_00_model_states.pt"],
+    "of pipelines": [STATES, "layer_00-model_states.pt"],
     "of tensor parallelism": [STATES, "mp_rank_01_model_states.pt"],
     "of tensor parallelism with a rank missing": ["mp_rank_01_model_states.pt"],
     "of ZeRO-2 and ZeRO-3": [STATES, "zero_pp_rank_0_mp_rank_00_model_states.pt"],
@@ -491,6 +490,134 @@ for name, files in {
             (path / "global_step10" / file).write_bytes(content)
 
     deepspeed(f"states {name}", "zero_to_fp32", change=ranks)
+
+
+# --- DeepSpeed's partitions ------------------------------------------------------------------------------------------
+
+OPTIMIZER = "zero_pp_rank_{}_mp_rank_00_optim_states.pt"
+FLOATS = rebuilt(storage("0", 4), 0, (4,), (1,))
+
+
+def ops(value: object) -> bytes:
+    """The operations of a pickle that make a value; those of bytes are what they say."""
+    if isinstance(value, dict):
+        return b"}(" + b"".join(ops(key) + ops(one) for key, one in value.items()) + b"u"
+    if isinstance(value, list):
+        return b"](" + b"".join(map(ops, value)) + b"e"
+    return value if isinstance(value, bytes) else text(value) if isinstance(value, str) else number(value)
+
+
+def shape(*sizes: int) -> bytes:
+    return b"ctorch\nSize\n(" + b"".join(map(number, sizes)) + b"t\x85R"
+
+
+def zero(
+    name: str,
+    *says: str,
+    change: Callable = lambda model, ranks: None,
+    after: Callable = lambda tag: None,
+    stages: tuple[int, ...] = (2, 3),
+    **options,
+) -> None:
+    """A case of two folders of ZeRO-2 and two of ZeRO-3, each of two processes; the second of either kind is changed.
+
+    ``change`` gets the model's states and the optimizers', ``after`` the folder.
+    """
+    for stage in stages:
+        key = "single_partition_of_fp32_groups" if stage == 2 else "fp32_flat_groups"
+
+        def build(root: Path, stack: object, stage: int = stage, key: str = key) -> list:
+            for one in ("good", "bad"):
+                tag = root / one
+                tag.mkdir()
+                model = {"module": {"n": PLAIN}, "buffer_names": ["n"], "global_steps": 10, "shared_params": {"u": "v"}}
+                model["param_shapes"] = [{"w": shape(2, 2), "v": shape(3)}]
+                ranks = [{"zero_stage": stage, "partition_count": 2, "groups": [FLOATS]} for _ in range(2)]
+                if one == "bad":
+                    change(model, ranks)
+                zipped(tag / (STATES if stage == 2 else f"zero_pp_rank_0_{STATES}"), pickled(ops(model)), {"0": FOUR})
+                for rank, state in enumerate(ranks):
+                    state = {key if said == "groups" else said: value for said, value in state.items()}
+                    states = pickled(ops({"optimizer_state_dict": state}))
+                    zipped(tag / OPTIMIZER.format(rank), states, {"0": FOUR})
+            after(root / "bad")
+            return ["good", "bad"]
+
+        add("ZeRO", f"{name}, stage {stage}", build, *(says if options.get("works") else ("bad", *says)), **options)
+
+
+def of_rank(rank: int, **said: object) -> Callable:
+    return lambda model, ranks: ranks[rank].update(said)
+
+
+def of_model(**said: object) -> Callable:
+    return lambda model, ranks: model.update(said)
+
+
+def tensor_of(offset: int, sizes: tuple, strides: tuple, count: int = 4, kind: str = "FloatStorage") -> Callable:
+    return of_rank(1, groups=[rebuilt(storage("0", count, kind), offset, sizes, strides)])
+
+
+OF_SECOND = OPTIMIZER.format(1)
+zero("as it should be", works=True, compared=False)
+zero("with code", works=True, compared=False, change=of_rank(1, x=b"cposix\nmkdir\n" + text("harmed") + b"\x85R"))
+zero("with code for an item", works=True, compared=False, change=of_model(x=b"cos\nsystem\n)R(" + text("a") * 2 + b"u"))
+zero("of other classes", works=True, compared=False, change=of_rank(0, loss_scaler=b"ca.b\nC\n)\x81}b"))
+for name, value in {"null": b"N", "text": "x", "a list": [], "a number": 7, "code": b"cos\nsystem\n)R"}.items():
+    for said in ("param_shapes", "module", "buffer_names", "shared_params"):
+        if (said, name) not in {("buffer_names", "a list"), ("buffer_names", "text"), ("param_shapes", "null")}:
+            zero(f"{said} is {name}", change=of_model(**{said: value}))
+    zero(f"a shape is {name}", change=of_model(param_shapes=[{"w": value, "v": shape(3)}]))
+    zero(f"the groups are {name}", change=of_rank(1, groups=value))
+    zero(f"a group is {name}", OF_SECOND, change=of_rank(1, groups=[value]))
+    zero(f"stage is {name}", OF_SECOND, change=of_rank(1, zero_stage=value))
+    zero(f"partition_count is {name}", OF_SECOND, change=of_rank(1, partition_count=value))
+    zero(f"the state is {name}", OF_SECOND, change=lambda model, ranks, value=value: ranks.__setitem__(1, {"x": value}))
+zero("another stage", OF_SECOND, change=of_rank(1, zero_stage=1))
+zero("unknown stage", OF_SECOND, change=of_rank(1, zero_stage=9))
+zero("another world size", OF_SECOND, change=of_rank(1, partition_count=3))
+for name, world in {
+    "three": 3,
+    "one": 1,
+    "none": 0,
+    "fewer than none": -1,
+    "2^70": 2**70,
+    "of each group": [2, 4],
+}.items():
+    zero(
+        f"a world size of {name}",
+        change=lambda model, ranks, n=world: [rank.update(partition_count=n) for rank in ranks],
+    )
+zero("too few elements", "elements", change=of_model(param_shapes=[{"w": shape(2, 2), "v": shape(30)}]))
+zero("too many elements", "elements", change=of_model(param_shapes=[{"w": shape(2), "v": shape(1)}]))
+zero("a shape beyond 64 bits", "elements", change=of_model(param_shapes=[{"w": shape(2**40, 2**40), "v": shape(3)}]))
+zero("a negative shape", change=of_model(param_shapes=[{"w": shape(-2, -2), "v": shape(3)}]))
+zero("a shape of 65 dimensions", change=of_model(param_shapes=[{"w": shape(*[1] * 64, 4), "v": shape(3)}]))
+zero("a name that is a number", change=of_model(param_shapes=[{7: shape(2, 2), "v": shape(3)}]))
+zero("a name of half a pair", change=of_model(param_shapes=[{b"X\3\0\0\0\xed\xa0\x80": shape(2, 2), "v": shape(3)}]))
+zero("a group of no parameters", "elements", change=of_model(param_shapes=[{}]))
+zero("no groups of parameters", change=of_model(param_shapes=[]))
+zero("a missing buffer", change=of_model(module={"n": rebuilt(storage("9", 4), 0, (2, 2), (2, 1))}))
+zero("a buffer that is text", change=of_model(module={"n": "x"}))
+for name, value in {"negative": [[-4, 0]], "of others": [[0]], "of text": [["x", "y"]], "huge": [[2**70, 0]]}.items():
+    zero(f"paddings {name}", change=of_rank(0, param_alignment_paddings=value), stages=(2,))
+zero("tuples in tuples", change=of_model(x=TUPLES))
+zero("a bomb of lists", works=True, compared=False, change=of_model(x=b"(" + BOMB + b"t"))
+zero("a tensor beyond its data", OF_SECOND, "larger", change=tensor_of(2, (4,), (1,)))
+zero("a tensor of 2^40", OF_SECOND, change=tensor_of(0, (2**40,), (0,)))
+zero("a tensor with gaps", OF_SECOND, "gaps", change=tensor_of(0, (2,), (2,)))
+zero("a tensor at a negative place", OF_SECOND, change=tensor_of(-1, (4,), (1,)))
+zero("a tensor of negative size", OF_SECOND, change=tensor_of(0, (-4,), (1,)))
+zero("a tensor in 16 bits", "dtypes", change=tensor_of(0, (4,), (1,), 8, "HalfStorage"))
+zero("a storage that is missing", OF_SECOND, change=of_rank(1, groups=[rebuilt(storage("7", 4), 0, (4,), (1,))]))
+zero("a storage named by a list", OF_SECOND, change=of_rank(1, groups=[FLOATS.replace(text("0"), b"]")]))
+zero("a rank missing", OF_SECOND, after=lambda tag: (tag / OF_SECOND).unlink())
+zero("a rank too many", "3 optimizers", after=lambda tag: (tag / OPTIMIZER.format(2)).write_bytes(b"x"))
+zero("a rank cut off", OF_SECOND, after=cut(OF_SECOND, 300))
+zero("a rank of zeros", OF_SECOND, after=replaced(OF_SECOND, bytes(2000)))
+zero("a rank of 10 GB", OF_SECOND, after=stretched(OF_SECOND, b"PK\3\4"))
+for name, make in PLACES.items():
+    zero(f"a rank: {name}", OF_SECOND, after=replaced(OF_SECOND, make))
 
 
 # --- adapters --------------------------------------------------------------------------------------------------------

@@ -164,10 +164,21 @@ def test_deepspeed_with_the_whole_model(tmp_path):
     same(Checkpoint(tmp_path / "run" / "checkpoint-10"), model.state_dict())
 
 
-ZERO3 = [f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" for rank in range(2)]
+STATES = "mp_rank_00_model_states.pt"
 
 
-@pytest.mark.parametrize("files", [ZERO3, ["mp_rank_00_model_states.pt", "mp_rank_01_model_states.pt"]])
+@pytest.mark.parametrize(
+    "files",
+    [
+        [STATES, "mp_rank_01_model_states.pt"],
+        [STATES, "layer_00-model_states.pt"],
+        [STATES, "layer_0_expert_0_mp_rank_00_model_states.pt"],
+        [STATES, "expp_rank_0_mp_rank_00_optim_states.pt"],
+        [STATES, "zero"],
+        ["zero_pp_rank_0_mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_01_model_states.pt"],
+        [STATES, "zero_pp_rank_0_mp_rank_00_model_states.pt"],
+    ],
+)
 def test_deepspeeds_partitions_get_the_command_that_converts_them(tmp_path, capsys, files):
     a = deepspeed(tmp_path / "a", 1, files, script=True)
     b = deepspeed(tmp_path / "my run", 2, files)

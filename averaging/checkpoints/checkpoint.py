@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from averaging.checkpoints.distributed import METADATA_FILE, read_distributed
 from averaging.checkpoints.files import Entry, Header, open_regular, opening, read_header, read_json
 from averaging.checkpoints.pickled import Pickled, read_pickled, read_step
+from averaging.checkpoints.zero import WHOLE, read_zero
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,8 +33,9 @@ DISTRIBUTED = (METADATA_FILE, f"pytorch_model_fsdp_0/{METADATA_FILE}")
 LIGHTNING_FILE = "meta.pt"  # beside Lightning's
 # DeepSpeed's folders: what is in the folder that the file ``latest`` names, or that is given itself.
 DEEPSPEED_LATEST = "latest"
-DEEPSPEED_FILE = "mp_rank_00_model_states.pt"
 DEEPSPEED_FILES = "*_model_states.pt"
+_ZERO_FILE = re.compile(r"((bf16_)?zero_pp_rank_\d+_)?mp_rank_00_(model|optim)_states\.pt")
+UNIVERSAL = "zero"  # beside the states in a folder that DeepSpeed has converted for other numbers of processes
 TORCH_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin")
 # What the Hub's cache calls a version of a model; and the bytes of a file that names one, or DeepSpeed's folder.
 _COMMIT = "[0-9a-f]{40}"
@@ -61,7 +63,7 @@ class Checkpoint(Mapping[str, "Tensor"]):
             ``.bin`` file that holds named tensors, directly or under ``state_dict``, ``model_state_dict``, ``model`` or
             ``module``;
             or a torch distributed checkpoint, a folder with ``.metadata``, of a model and perhaps its optimizer; or
-            DeepSpeed's folder of ZeRO-1 or ZeRO-2, of which it is the 16-bit weights. Where nothing lies,
+            DeepSpeed's folder of ZeRO-1, ZeRO-2 or ZeRO-3, of which it is the float32 weights. Where nothing lies,
             ``organisation/model`` or ``organisation/model@revision`` is looked up in the Hub's local cache.
             Torch files are read with ``weights_only=True``: no code in them is run.
 
@@ -182,13 +184,15 @@ class Checkpoint(Mapping[str, "Tensor"]):
             self.step = step if type(step) is int and 0 <= step < 1 << 63 else None  # a float holds it, too
 
     def _open_deepspeed(self, folder: Path) -> None:
-        if [path.name for path in folder.glob(DEEPSPEED_FILES)] != [DEEPSPEED_FILE]:
+        names = {path.name for pattern in ("*_states.pt", "*layer_*", UNIVERSAL) for path in folder.glob(pattern)}
+        models = {path.name for path in folder.glob(DEEPSPEED_FILES)}
+        if not all(map(_ZERO_FILE.fullmatch, names)) or (WHOLE in models and len(models) > 1):
             script = folder.parent / "zero_to_fp32.py"
             given, out = folder.parent, self.path.with_name(f"{self.path.name}-fp32")
             command = [str(script)] if script.exists() else ["-m", "deepspeed.utils.zero_to_fp32"]
             raise ValueError(
-                f"{self.path} holds the weights in DeepSpeed's partitions; put them together first, and average what "
-                f"comes out: {shlex.join(['python', *command, str(given), str(out), '-t', folder.name])}"
+                f"{self.path} holds the weights in DeepSpeed's partitions, not of ZeRO alone; put them together first, "
+                f"and average the result: {shlex.join(['python', *command, str(given), str(out), '-t', folder.name])}"
             )
         if folder != self.path:
             latest = self.path / DEEPSPEED_LATEST
@@ -196,9 +200,11 @@ class Checkpoint(Mapping[str, "Tensor"]):
                 tag = file.read(LONGEST_REF).decode(errors="replace").strip()
             if tag != folder.name:
                 raise ValueError(f"{latest} names {tag!r}, but only {folder.name} is there; copy the folder again")
-        # Of ZeRO-1 and ZeRO-2: the weights as they are computed with.
         self.kind = "torch"
-        self.step = self._add_pickled(folder / DEEPSPEED_FILE).step
+        if partitioned := read_zero(folder):
+            self.entries, self.ties, self.step = partitioned.entries, partitioned.ties, partitioned.step
+        else:
+            self.step = self._add_pickled(folder / WHOLE).step
 
     def _open_index(self, path: Path) -> None:
         self.index = read_json(path)

@@ -29,14 +29,14 @@ CONTAINERS = ("model", "state_dict", "model_state_dict", "module")
 _OPTIMIZER = re.compile(r"optim")
 MAX_STRIPS = 1_000_000  # of one piece
 # What no checkpoint needs, but takes memory or time without end: bytes of metadata, of what describes a record, values
-# in a tuple, and pieces side by side.
-MAX_METADATA, MAX_DESCRIPTION, MAX_TUPLE, MAX_ABREAST = 1 << 30, 1 << 17, 200, 1000
+# in a tuple and in those in it, of so many levels, and pieces side by side.
+MAX_METADATA, MAX_DESCRIPTION, MAX_TUPLE, MAX_LEVELS, MAX_ABREAST = 1 << 30, 1 << 17, 1000, 4, 1000
 
 
-class _Noted:
+class Noted:
     """Stands in for an object of a class that a pickle names: what it was made from, and what it was told."""
 
-    def __new__(cls, *args: Any) -> _Noted:
+    def __new__(cls, *args: Any) -> Noted:
         noted = super().__new__(cls)
         noted.args, noted.state = args, {}
         return noted
@@ -48,31 +48,31 @@ class _Noted:
         self.state = state
 
 
-class _Metadata(_Noted):
+class _Metadata(Noted):
     pass
 
 
-class _Index(_Noted):
+class _Index(Noted):
     pass
 
 
-class _Place(_Noted):
+class _Place(Noted):
     pass
 
 
-class _Tensor(_Noted):
+class _Tensor(Noted):
     pass
 
 
-class _Bytes(_Noted):
+class _Bytes(Noted):
     pass
 
 
-class _Chunk(_Noted):
+class _Chunk(Noted):
     pass
 
 
-class _Properties(_Noted):
+class _Properties(Noted):
     pass
 
 
@@ -81,9 +81,13 @@ def _bounded(load: Callable[[Any], None]) -> Callable[[Any], None]:
 
     def bounded(unpickler: Any) -> None:
         load(unpickler)
-        made = unpickler.stack[-1]
-        inside = [value for value in made if isinstance(value, tuple)]
-        if len(made) + sum(map(len, inside)) > MAX_TUPLE or any(isinstance(v, tuple) for one in inside for v in one):
+        level, total = [unpickler.stack[-1]], 0
+        for _ in range(MAX_LEVELS):
+            total += sum(map(len, level))
+            if total > MAX_TUPLE:
+                break
+            level = [value for one in level for value in one if isinstance(value, tuple)]
+        if level:
             raise pickle.UnpicklingError("it holds tuples in tuples without end")
 
     return bounded
@@ -95,8 +99,8 @@ def _text(value: Any) -> str:
     return value
 
 
-def _size(values: Any = ()) -> tuple[int, ...]:
-    if not isinstance(values, Sequence) or not _counts(values):
+def as_size(values: Any = ()) -> tuple[int, ...]:
+    if not isinstance(values, Sequence) or not counts(values):
         raise pickle.UnpicklingError("it holds an impossible shape")
     return tuple(values)
 
@@ -121,22 +125,22 @@ class _MetadataUnpickler(_Unpickler):
         "torch.distributed.checkpoint.metadata.BytesStorageMetadata": _Bytes,
         "torch.distributed.checkpoint.metadata.ChunkStorageMetadata": _Chunk,
         "torch.distributed.checkpoint.metadata.TensorProperties": _Properties,
-        "torch.distributed.checkpoint.metadata.StorageMeta": _Noted,
+        "torch.distributed.checkpoint.metadata.StorageMeta": Noted,
         "torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING": int,
         "torch.distributed.checkpoint.filesystem._StorageInfo": _Place,
         "torch.serialization._get_layout": _text,
-        "torch.Size": _size,
+        "torch.Size": as_size,
         "collections.OrderedDict": dict,
-        **{f"{module}.{kind}": _Noted for module in ("pathlib", "pathlib._local") for kind in ("Path", "PosixPath")},
+        **{f"{module}.{kind}": Noted for module in ("pathlib", "pathlib._local") for kind in ("Path", "PosixPath")},
     }
 
 
-class _RecordUnpickler(_Unpickler):
+class RecordUnpickler(_Unpickler):
     """Reads the pickle in what ``torch.save`` made of a tensor."""
 
     knows: ClassVar[dict[str, Any]] = {
-        "torch._utils._rebuild_tensor_v2": _Noted,
-        "torch._utils._rebuild_tensor_v3": _Noted,
+        "torch._utils._rebuild_tensor_v2": Noted,
+        "torch._utils._rebuild_tensor_v3": Noted,
         "collections.OrderedDict": dict,
         "torch.DoubleStorage": "float64",
         "torch.FloatStorage": "float32",
@@ -257,14 +261,14 @@ class _Described:
         plain = layout == "torch.strided" and self.dtype in BITS
         self._demand(plain, f"({repr(self.dtype)}, {repr(layout)}) cannot be averaged")
         self.shape = tuple(said.state["size"])
-        possible = _counts(self.shape) and len(self.shape) <= MAX_DIMENSIONS
+        possible = counts(self.shape) and len(self.shape) <= MAX_DIMENSIONS
         possible = possible and prod(filter(None, self.shape)) < 1 << 63
         self._demand(possible, f"has the impossible shape {repr(list(self.shape))}")
         self.nbytes = prod(self.shape) * BITS[self.dtype] // 8
         self.pieces: list[_Piece] = []
         for chunk in said.state["chunks"]:
             offsets, sizes = tuple(chunk.state["offsets"]), tuple(chunk.state["sizes"])
-            inside = (_counts(offsets) and _counts(sizes) and len(offsets) == len(sizes) == len(self.shape)) and all(
+            inside = (counts(offsets) and counts(sizes) and len(offsets) == len(sizes) == len(self.shape)) and all(
                 o + s <= n or s == 0 for o, s, n in zip(offsets, sizes, self.shape, strict=True)
             )
             self._demand(
@@ -279,7 +283,7 @@ class _Described:
             # By the name alone, as for the shards of an index.
             plain = isinstance(file, str) and file not in ("", ".", "..") and not set(file) & {"/", "\\", "\0"}
             self._demand(plain, f"has a piece in {repr(file)}: pieces must lie in the metadata's own folder")
-            possible = _counts((start, length)) and max(start, length) < 1 << 63
+            possible = counts((start, length)) and max(start, length) < 1 << 63
             self._demand(possible, f"has a piece at the impossible bytes {repr(start)}, {repr(length)}")
             self._demand(not place.get("transform_descriptors"), "is compressed; save it without transformations")
             self.pieces.append(_Piece(offsets, sizes, file, start, length))
@@ -305,7 +309,7 @@ class _Described:
                 "save the folder again"
             ) from error
         item = BITS[self.dtype] // 8
-        fits = dtype == self.dtype and sizes == piece.sizes and _counts((offset, *strides))
+        fits = dtype == self.dtype and sizes == piece.sizes and counts((offset, *strides))
         fits = fits and len(strides) == len(sizes) and (offset + prod(sizes)) * item <= length
         fits = fits and start + length <= piece.length and whole
         self._demand(fits, f"has a piece in {file.name} of another dtype, shape or size than the metadata say")
@@ -336,24 +340,39 @@ class _Described:
 
 def _record(file: Slice) -> tuple[str, int, tuple[int, ...], tuple[int, ...], int, int]:
     """A tensor that ``torch.save`` wrote: dtype, offset, sizes and strides in its storage; the storage's place."""
+    data, storages = archived(file)
+    tensor = RecordUnpickler(io.BytesIO(data)).load()
+    if not isinstance(tensor, Noted):
+        raise ValueError("it holds no tensor")
+    (_, dtype, key, _, _), offset, sizes, strides = tensor.args[:4]
+    start, length = storages[_text(key)]
+    return dtype or tensor.args[6], offset, tuple(sizes), tuple(strides), start, length
+
+
+def archived(file: Slice) -> tuple[bytes, dict[str, tuple[int, int]]]:
+    """What ``torch.save`` wrote: the pickle, and by the keys that it names where the data start, and how long they are.
+
+    Raises:
+        Exception: of about every kind, if the archive is damaged.
+    """
+    storages = {}
     with zipfile.ZipFile(file) as archive:
         records = {record.filename.partition("/")[2]: record for record in archive.infolist()}
         if any(record.compress_type != zipfile.ZIP_STORED for record in records.values()):
             raise ValueError("it is compressed, which torch never does")
         if "byteorder" in records and archive.read(records["byteorder"]) != b"little":
             raise ValueError("it was written on a big-endian machine")
-        tensor = _RecordUnpickler(io.BytesIO(archive.read(records["data.pkl"]))).load()
-    if not isinstance(tensor, _Noted):
-        raise ValueError("it holds no tensor")
-    (_, dtype, key, _, _), offset, sizes, strides = tensor.args[:4]
-    data = records[f"data/{_text(key)}"]
-    file.seek(data.header_offset + 26)
-    lengths = file.read(4)
-    start = data.header_offset + 30 + sum(int.from_bytes(lengths[i : i + 2], "little") for i in (0, 2))
-    return dtype or tensor.args[6], offset, tuple(sizes), tuple(strides), start, data.file_size
+        data = archive.read(records["data.pkl"])
+    for name, record in records.items():
+        if name.startswith("data/"):
+            file.seek(record.header_offset + 26)
+            lengths = file.read(4)
+            start = record.header_offset + 30 + sum(int.from_bytes(lengths[i : i + 2], "little") for i in (0, 2))
+            storages[name[5:]] = start, record.file_size
+    return data, storages
 
 
-def _counts(values: Sequence[Any]) -> bool:
+def counts(values: Sequence[Any]) -> bool:
     return all(type(value) is int and value >= 0 for value in values)
 
 

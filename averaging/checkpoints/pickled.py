@@ -91,16 +91,17 @@ def read_pickled(path: Path) -> Pickled:
         entries[name] = Entry(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), file_, start, stop)
     if spill is not None:
         spill.flush()
-    return Pickled(entries, _step(content), "pytorch-lightning_version" in content, spill)
+    return Pickled(entries, named_step(content), "pytorch-lightning_version" in content, spill)
 
 
 def read_step(path: Path) -> int | None:
     """The optimizer step that a torch file names; raises as `read_pickled`."""
     _records(path)
-    return _step(_load(path, "cpu"))
+    return named_step(_load(path, "cpu"))
 
 
-def _step(content: dict[str, Any]) -> int | None:
+def named_step(content: dict[str, Any]) -> int | None:
+    """The optimizer step that a trainer wrote down."""
     steps = (content[key] for key in STEP_KEYS if type(content.get(key)) is int)
     return next((step for step in steps if 0 <= step < 1 << 63), None)  # a float holds it, too
 
