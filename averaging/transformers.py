@@ -204,6 +204,15 @@ class AveragingCallback(CallbackCore, TrainerCallback):
         def holding(name: str) -> AbstractContextManager[Any]:
             return nullcontext() if name == ONLINE else applied(trainer.model, averages[name])
 
+        @contextmanager
+        def evaluated(name: str) -> Iterator[None]:
+            _sync_rollouts(trainer)
+            try:
+                with holding(name):
+                    yield
+            finally:
+                _sync_rollouts(trainer)
+
         @functools.wraps(evaluation_loop)
         def evaluate(*args: Any, **kwargs: Any) -> Any:
             enter_eval(trainer.optimizer)
@@ -213,10 +222,10 @@ class AveragingCallback(CallbackCore, TrainerCallback):
                 call = signature.bind(*args, **kwargs)
                 call.apply_defaults()
                 call.arguments["metric_key_prefix"] += f"_{name}"
-                with holding(name):
+                with evaluated(name):
                     metrics.update(_measure(trainer, evaluation_loop, call))
                 rewind()
-            with holding(ONLINE if self.evaluate == "online" else self.leader):
+            with evaluated(ONLINE if self.evaluate == "online" else self.leader):
                 output = evaluation_loop(*args, **kwargs)
             output.metrics.update(metrics)
             return output
@@ -559,6 +568,12 @@ def _steps_per_epoch(args: TrainingArguments, dataloader: Any) -> int | None:
         return max(1, math.ceil(len(dataloader) / args.gradient_accumulation_steps))
     except TypeError:
         return None
+
+
+def _sync_rollouts(trainer: Any) -> None:
+    """Let a TRL trainer give vLLM the model's weights before the next rollout, not only once in a global step."""
+    if hasattr(trainer, "_last_loaded_step"):
+        trainer._last_loaded_step = -1
 
 
 def _skipped(kwargs: dict[str, Any]) -> bool:

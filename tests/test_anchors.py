@@ -22,7 +22,7 @@ datasets = pytest.importorskip("datasets")
 tokenizers = pytest.importorskip("tokenizers")
 import transformers  # noqa: E402
 
-from averaging.transformers import AnchorCallback, AveragingCallback  # noqa: E402
+from averaging.transformers import LAWA, AnchorCallback, AveragingCallback  # noqa: E402
 from averaging.transformers import EMAAnchor as Callback  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -85,10 +85,12 @@ def trainer(kind: str, policy, tokenizer, folder: Path, callbacks, lora: bool = 
     }[kind]
     reference = {"ref_model": options.pop("ref_model")} if "ref_model" in options else {}
     adapter = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], lora_dropout=0.1) if lora else None
+    data = datasets.Dataset.from_list([DATA[kind](i) for i in range(24)])
     return cls(
         model=policy,
         args=config(**{**defaults, **options}),
-        train_dataset=datasets.Dataset.from_list([DATA[kind](i) for i in range(24)]),
+        train_dataset=data,
+        eval_dataset=data.select(range(4)),
         processing_class=tokenizer,
         peft_config=adapter,
         callbacks=callbacks,
@@ -389,3 +391,41 @@ def test_a_run_says_at_its_start_what_its_anchor_does(policy_path, tokenizer, tm
     run = trainer("dpo", policy_path, tokenizer, tmp_path, [Callback(0.6, every=9)], max_steps=1)
     with pytest.warns(UserWarning, match="first move after 9 optimizer steps but the run ends after 1"):
         run.train()
+
+
+class Engine:
+    """Stands in for vLLM, which TRL gives the policy's weights once per global step."""
+
+    def __init__(self, policy: nn.Module) -> None:
+        self.policy = policy
+        self.held: dict[str, torch.Tensor] = {}
+        self.stale: list[bool] = []
+
+    def _weights(self) -> dict[str, torch.Tensor]:
+        return {name: parameter.detach().clone() for name, parameter in self.policy.named_parameters()}
+
+    def sync_weights(self) -> None:
+        self.held = self._weights()
+
+    def generate(self, prompts, **_):
+        self.stale.append(not same(self.held, self._weights()))
+        completions = [[(7 * i + 5 * j * i) % 24 for j in range(4)] for i in range(len(prompts))]
+        return None, completions, [[[0.0]] * 4 for _ in prompts], None
+
+
+@pytest.mark.parametrize("kind", ["grpo", "rloo"])
+def test_rollouts_of_an_engine_beside_the_model_are_of_the_weights_that_it_holds(
+    kind, policy_path, tokenizer, tmp_path
+):
+    # Two optimizer steps for each batch of rollouts, and evaluations before and in between.
+    run = trainer(
+        kind, policy_path, tokenizer, tmp_path, [LAWA(k=2, every=1, evaluate="both")], eval_strategy="steps",
+        eval_steps=1, eval_on_start=True, save_strategy="no", num_iterations=2, per_device_eval_batch_size=4,
+    )  # fmt: skip
+    run.use_vllm, run.vllm_mode, run._last_loaded_step = True, "server", -1
+    run.vllm_importance_sampling_correction = False
+    run.vllm_generation = engine = Engine(run.model)
+    run.train()
+    run.evaluate()
+    assert len(engine.stale) > 12
+    assert not any(engine.stale)
