@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from shard_runs import Net, averagers, same
 
 from averaging import load_into
+from averaging.checkpoints import Checkpoint
 
 pytest.importorskip("deepspeed")
 
@@ -190,6 +191,16 @@ def test_transformers_checkpoints_hold_the_averages(stage, trained):
         assert same({key: tensor.detach() for key, tensor in model.named_parameters()}, expected), name
         measured = Trainer(model=model, args=arguments, eval_dataset=examples).evaluate()
         assert first[stage]["history"][2][f"eval_{metric}loss"] == pytest.approx(measured["eval_loss"], rel=1e-2)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_soup_reads_the_float32_weights_beside_transformers_model(stage, trained):
+    folder, (first, _) = trained
+    checkpoint = Checkpoint(folder / f"straight-{stage}" / "checkpoint-6" / "global_step6")
+    assert checkpoint.step == 6
+    for name, tensor in first[str(stage)]["at 6"]["online"].items():
+        assert torch.equal(checkpoint[name], tensor)
+    assert checkpoint.ties == {"lm_head.weight": "model.embed_tokens.weight"}
 
 
 def test_transformers_writes_back_and_loads_the_best(trained):

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import tempfile
+import zipfile
 from pathlib import Path
 from unittest import mock
 
@@ -184,6 +185,21 @@ def test_distributed_checkpoints(capsys, data):
         bad = root / "step-2" / data.draw(st.sampled_from([".metadata", "__0_0.distcp", "__2_0.distcp"]))
         bad.write_bytes(data.draw(damaged(bad.read_bytes())))
         return ["step-1", "step-2"]
+
+    attempt(build, capsys, readable=False)
+
+
+@CHOSEN
+@given(data=st.data())
+def test_deepspeed_folders(capsys, data):
+    def build(root):
+        stage = data.draw(st.sampled_from([2, 3]))
+        paths = hostile.CASES["ZeRO"][f"as it should be, stage {stage}"].build(root, None)
+        bad = root / "bad" / data.draw(st.sampled_from(sorted(path.name for path in (root / "bad").iterdir())))
+        with zipfile.ZipFile(bad) as archive:
+            pickle = archive.read("x/data.pkl")
+        hostile.zipped(bad, data.draw(damaged(pickle)), {"0": hostile.FOUR})
+        return paths
 
     attempt(build, capsys, readable=False)
 
