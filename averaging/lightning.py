@@ -288,7 +288,7 @@ class AveragingCallback(CallbackCore, Callback):
         self._rewind = random_state()
         if self.evaluate != "online" and self.average is not None:
             self._evaluation = ExitStack()
-            self._evaluation.enter_context(evaluating(trainer.optimizers))
+            self._evaluation.enter_context(evaluating(pl_module, trainer.optimizers))
             self._online = self._evaluation.enter_context(applied(pl_module, self.average))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -299,7 +299,7 @@ class AveragingCallback(CallbackCore, Callback):
             averages = self.averages(self._all_averagers(trainer))
             for name in self.beside(averages):
                 with (
-                    evaluating(trainer.optimizers),
+                    evaluating(pl_module, trainer.optimizers),
                     nullcontext() if name == ONLINE else applied(pl_module, averages[name]),
                 ):
                     _validate_again(trainer, f"{name}_", self._rewind)

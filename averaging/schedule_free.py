@@ -12,6 +12,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
+
+from averaging.shards import local, reshard
 
 
 def enter_eval(optimizer: Any) -> None:
@@ -21,22 +24,22 @@ def enter_eval(optimizer: Any) -> None:
 
 
 @contextmanager
-def evaluating(optimizers: Iterable[Any]) -> Iterator[None]:
-    """Let the model hold what schedule-free ``optimizers`` evaluate; afterwards all is as it was, bit for bit."""
+def evaluating(model: nn.Module, optimizers: Iterable[Any]) -> Iterator[None]:
+    """Let ``model`` hold what schedule-free ``optimizers`` evaluate; afterwards all is as it was, bit for bit."""
     kept = []
     for optimizer in optimizers:
         if callable(getattr(optimizer, "eval", None)) and callable(getattr(optimizer, "train", None)):
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-            weights = [parameter.detach().to("cpu", copy=True) for parameter in parameters]
+            weights = [local(parameter).detach().to("cpu", copy=True) for parameter in parameters]
             kept.append((optimizer, _trains(optimizer), parameters, weights))
             optimizer.eval()
     try:
         yield
     finally:
         for optimizer, trained, parameters, weights in kept:
+            reshard(model)  # or it would go on with what an evaluation has gathered
             optimizer.train() if trained else optimizer.eval()
-            with torch.no_grad():
-                torch._foreach_copy_(parameters, weights)
+            torch._foreach_copy_([local(parameter).detach() for parameter in parameters], weights)
 
 
 def _trains(optimizer: Any) -> bool:

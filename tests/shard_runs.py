@@ -407,6 +407,7 @@ def four(folder: Path) -> dict[str, Any]:
 
 def lightning(folder: Path) -> dict[str, Any]:
     import lightning.pytorch as pl
+    import schedulefree
     from lightning.pytorch.callbacks import ModelCheckpoint
     from lightning.pytorch.strategies import ModelParallelStrategy
 
@@ -448,6 +449,18 @@ def lightning(folder: Path) -> dict[str, Any]:
         def val_dataloader(self):
             return DataLoader(TensorDataset(*data(16, 2)), batch_size=4)
 
+    class ScheduleFree(Module):
+        """Switches its optimizer while the model holds what is validated."""
+
+        def configure_optimizers(self):
+            return schedulefree.AdamWScheduleFree(self.parameters(), lr=0.05)
+
+        def on_train_epoch_start(self):
+            self.optimizers().train()
+
+        def on_validation_epoch_start(self):
+            self.optimizers().eval()
+
     class Recorder(pl.Callback):
         def __init__(self) -> None:
             self.weights: dict[int, Any] = {}
@@ -472,9 +485,11 @@ def lightning(folder: Path) -> dict[str, Any]:
             **options,
         )  # fmt: skip
 
-    def run(name: str, *callbacks: Any, resume: Path | None = None, **options: Any) -> tuple[Module, Recorder, Any]:
+    def run(
+        name: str, *callbacks: Any, kind: type[Module] = Module, resume: Path | None = None, **options: Any
+    ) -> tuple[Module, Recorder, Any]:
         pl.seed_everything(3)
-        module, recorder = Module(), Recorder()
+        module, recorder = kind(), Recorder()
         saving = ModelCheckpoint(folder / name, filename="{step}", every_n_train_steps=3, save_top_k=-1)
         fitting = trainer(
             recorder, *callbacks, *([saving] if callbacks else []), enable_checkpointing=bool(callbacks), **options
@@ -517,6 +532,11 @@ def lightning(folder: Path) -> dict[str, Any]:
         all(same(one.average(), two.average()) for one, two in zip(straight, again, strict=True)),
         same(gathered(resumed), gathered(module)),
     ]
+
+    undisturbed = run("undisturbed", kind=ScheduleFree, limit_val_batches=0)[1].weights
+    switching = AveragingCallback(EMA(0.8), evaluate="both", batchnorm=0)
+    switched = run("switched", switching, kind=ScheduleFree, num_sanity_val_steps=0)[1].weights
+    results["schedule-free"] = [same(weights, undisturbed[step]) for step, weights in switched.items()]
 
     # A run under DDP goes on under FSDP2, whatever its checkpoints hold; the other way round Lightning does not.
     for held in ("online", "average"):

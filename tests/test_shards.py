@@ -205,6 +205,7 @@ def test_four_processes_read_what_two_have_saved_and_average_in_other_layouts(tw
 @pytest.fixture(scope="module")
 def fitted(tmp_path_factory):
     pytest.importorskip("lightning.pytorch")
+    pytest.importorskip("schedulefree")
     return once_on_ranks(2, "shard_runs:lightning", tmp_path_factory.getbasetemp())
 
 
@@ -218,6 +219,11 @@ def test_lightning_averages_evaluates_and_trains_on(fitted):
         assert rank["collectives"] == (0, 1)
     assert ranks[0]["history"] == ranks[1]["history"]
     assert same(ranks[0]["statistics"], ranks[1]["statistics"])
+
+
+def test_lightning_trains_on_with_a_schedule_free_optimizer(fitted):
+    _, ranks = fitted
+    assert [rank["schedule-free"] for rank in ranks] == [[True] * 11] * 2
 
 
 def test_lightning_resumes_exactly(fitted):
