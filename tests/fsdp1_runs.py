@@ -191,7 +191,7 @@ def files(folder: Path) -> dict[str, Any]:
 def four(folder: Path) -> dict[str, Any]:
     """On four processes: what two have saved, also in two groups that hold the same."""
     distributed.init_process_group("gloo")
-    saved = folder.parent / "fsdp1_runs-files" / "at-3"
+    saved = folder.parent / "fsdp1_runs-files-2" / "at-3"
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
     count_collectives()
     results: dict[str, Any] = {}

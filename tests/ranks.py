@@ -43,7 +43,7 @@ def once_on_ranks(count: int, target: str, base: Path) -> tuple[Path, list[Any]]
     Args:
         base: pytest's folder for temporary files; that of a worker lies in the one of all.
     """
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / target.replace(":", "-")
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"{target.replace(':', '-')}-{count}"
     with open(f"{folder}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         results = [folder / f"rank-{rank}.pt" for rank in range(count)]

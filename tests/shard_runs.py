@@ -382,7 +382,7 @@ def four(folder: Path) -> dict[str, Any]:
     """On four processes: what two have saved, in other layouts; and those layouts beside what is gathered."""
     distributed.init_process_group("gloo")
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "model"))
-    saved = folder.parent / "shard_runs-files" / "at-3"
+    saved = folder.parent / "shard_runs-files-2" / "at-3"
     count_collectives()
     layouts: dict[str, Callable[[], Net]] = {
         "FSDP2": lambda: fsdp(Net()),

@@ -23,9 +23,7 @@ every_engine = pytest.mark.parametrize("engine", ENGINES)
 
 
 def made(world, tmp_path_factory):
-    base = tmp_path_factory.getbasetemp() / f"of-{world}"
-    base.mkdir(exist_ok=True)
-    folder, results = once_on_ranks(world, "zero_folders:folders", base)
+    folder, results = once_on_ranks(world, "zero_folders:folders", tmp_path_factory.getbasetemp())
     return folder, results[0]
 
 
