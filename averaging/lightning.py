@@ -57,7 +57,7 @@ from averaging.completeness import Checksums, begin, require_whole, seal
 from averaging.randomness import random_state
 from averaging.schedule_free import enter_eval, evaluating
 from averaging.shard_files import Parts, StoredParts, model_parts, replacing_together, save_model_parts, shards_of
-from averaging.shards import is_sharded
+from averaging.shards import if_sharded, is_sharded
 from averaging.weights import Weights, every_name, first_names
 
 __all__ = [
@@ -392,10 +392,10 @@ class AveragingCallback(CallbackCore, Callback):
                 self.missing_state(averager, "the checkpoint")
                 continue
             if "folder" not in state:
-                averager.load_state_dict(state, pl_module if is_sharded(pl_module) else None)
+                averager.load_state_dict(state, if_sharded(pl_module))
                 continue
             try:
-                averager.load(state["folder"], pl_module if is_sharded(pl_module) else None)
+                averager.load(state["folder"], if_sharded(pl_module))
             except FileNotFoundError as error:
                 self.missing_state(averager, "the folder beside the checkpoint, which is to move along with it,", error)
         if payload is not None and self._leads(trainer):

@@ -30,6 +30,11 @@ def is_sharded(model: nn.Module) -> bool:
     )
 
 
+def if_sharded(model: nn.Module) -> nn.Module | None:
+    """``model`` where each process is to take its part of a whole state; None where it takes all."""
+    return model if is_sharded(model) else None
+
+
 def is_flat(parameter: Tensor | None) -> bool:
     """Whether ``parameter`` stands for a slice that training writes to elsewhere: for what `slices` gives."""
     zero = _zero()

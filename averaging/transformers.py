@@ -52,7 +52,7 @@ from averaging.randomness import random_state
 from averaging.schedule import Span
 from averaging.schedule_free import enter_eval
 from averaging.shard_files import replacing_together
-from averaging.shards import is_sharded
+from averaging.shards import if_sharded, is_sharded
 from averaging.weights import named_weights
 
 __all__ = [
@@ -132,7 +132,7 @@ class AveragingCallback(CallbackCore, TrainerCallback):
         if checkpoint:
             for averager in self.averagers:
                 try:
-                    averager.load(checkpoint / home(averager), trainer.model if is_sharded(trainer.model) else None)
+                    averager.load(checkpoint / home(averager), if_sharded(trainer.model))
                 except FileNotFoundError as error:
                     self.missing_state(averager, str(checkpoint), error)
         for averager in self.averagers:
@@ -173,7 +173,7 @@ class AveragingCallback(CallbackCore, TrainerCallback):
             _restore_online(trainer, best, names)
             if (chosen := self._chosen_by(trainer, names)) != ONLINE:
                 averager = next(averager for averager in averagers if chosen in averager.views())
-                averager.load(best / home(averager), trainer.model if is_sharded(trainer.model) else None)
+                averager.load(best / home(averager), if_sharded(trainer.model))
                 load_into(trainer.model, self.averages([averager])[chosen])
         elif self.average is not None:
             load_into(kwargs["model"], self.average)

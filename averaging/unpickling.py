@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 
-class InertUnpickler(
-    pickle._Unpickler
-):  # the one in Python: that in C takes any amount of memory that a pickle asks for
+# The one in Python: that in C takes any amount of memory that a pickle asks for.
+class InertUnpickler(pickle._Unpickler):
     """Imports and runs nothing: a name in the pickle stands for what a subclass ``knows`` it as, or is an error."""
 
     knows: ClassVar[Mapping[str, Any]] = {}
