@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from ranks import once_on_ranks
-from safetensors import safe_open
 from safetensors.torch import load_file
 from shard_runs import Net, averagers, same
+from test_shards import require_snapshots
 
 from averaging import load_into
 from averaging.checkpoints import Checkpoint
@@ -143,12 +143,7 @@ def test_the_whole_model_is_one_file(stage, two):
 @pytest.mark.parametrize(("name", "count"), [("trail", 3), ("tracks", 6)])
 def test_snapshots_that_outlive_the_run_are_whole(name, count, stage, two):
     folder = two[0] / stage
-    files = sorted((folder / name).glob("step-*.safetensors"))
-    assert len(files) == count
-    for file in files:
-        with safe_open(file, "pt") as stored, safe_open(folder / f"{name}-expected" / file.name, "pt") as expected:
-            assert stored.metadata() == expected.metadata()
-        assert same(load_file(file), load_file(folder / f"{name}-expected" / file.name))
+    require_snapshots(folder, name, count)
 
 
 # ---------------------------------------------------------------------- transformers

@@ -7,7 +7,7 @@ import torch
 from ranks import once_on_ranks
 from safetensors.torch import load_file
 from shard_runs import Net, averagers, same
-from test_shards import TRAINED
+from test_shards import require_averages, require_evaluations, require_write_backs
 
 from averaging import load_into
 
@@ -24,12 +24,7 @@ every_engine = pytest.mark.parametrize("engine", ENGINES)
 
 @every_engine
 def test_the_average_of_the_slices_is_the_slice_of_the_average(engine, core):
-    for rank in core:
-        result = rank["engines"][engine]
-        assert len(result["right"]) == 14
-        assert all(result["right"].values()), result["right"]
-        assert result["names"] == TRAINED  # a tied weight once, no frozen one
-        assert result["plain"]
+    require_averages(core, engine)
 
 
 def test_memory_is_that_of_the_slices(core):
@@ -41,18 +36,7 @@ def test_memory_is_that_of_the_slices(core):
 
 @every_engine
 def test_evaluations_see_the_average_and_training_notices_nothing(engine, core):
-    for rank in core:
-        result = rank["engines"][engine]
-        assert result["untouched"]  # after evaluations that ended, and others that broke off
-        assert result["loaded"]
-        for step in (2, 4):
-            (online, outer, inner, outer_again, online_again), expected = result["losses"][step]
-            assert torch.equal(outer, outer_again)
-            assert torch.equal(online, online_again)
-            torch.testing.assert_close(
-                [online, outer, inner], expected, rtol=2e-2 if "bf16" in engine else 1e-5, atol=0
-            )
-        assert len({loss.item() for loss in expected}) == 3
+    require_evaluations(core, engine)
 
 
 def test_updates_communicate_nothing(core):
@@ -61,10 +45,7 @@ def test_updates_communicate_nothing(core):
 
 def test_weights_written_back_reach_training(core):
     for rank in core:
-        for result, name in zip(rank["write-backs"], ("elasticreset", "switch"), strict=True):
-            assert result["written_back"] == [(4, name)]
-            assert all(result["right"].values()), result["right"]
-        assert rank["anchor"]
+        require_write_backs(rank)
         assert "inner.bias" in rank["frozen"]
 
 

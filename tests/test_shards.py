@@ -30,8 +30,8 @@ def core(tmp_path_factory):
 every_engine = pytest.mark.parametrize("engine", ENGINES)
 
 
-@every_engine
-def test_the_average_of_the_shards_is_the_shard_of_the_average(engine, core):
+def require_averages(core, engine):
+    """In each rank the average of its parts is the part of the average."""
     for rank in core:
         result = rank["engines"][engine]
         assert len(result["right"]) == 14
@@ -40,18 +40,8 @@ def test_the_average_of_the_shards_is_the_shard_of_the_average(engine, core):
         assert result["plain"]
 
 
-def test_memory_is_that_of_the_shards(core):
-    shapes = [rank["engines"]["FSDP2"]["shapes"] for rank in core]
-    assert [shape["inner.weight"] for shape in shapes] == [[16, 8], [15, 8]]
-    assert [shape["scale.weight"] for shape in shapes] == [[1, 8], [0, 8]]
-    shapes = [rank["engines"]["tensor parallel"]["shapes"] for rank in core]
-    assert [shape["inner.weight"] for shape in shapes] == [[16, 8], [15, 8]]
-    assert [shape["outer.weight"] for shape in shapes] == [[8, 16], [8, 15]]
-    assert [shape["outer.bias"] for shape in shapes] == [[8], [8]]
-
-
-@every_engine
-def test_evaluations_see_the_average_and_training_notices_nothing(engine, core):
+def require_evaluations(core, engine):
+    """Evaluations saw the average, and training did not notice."""
     for rank in core:
         result = rank["engines"][engine]
         assert result["untouched"]  # after evaluations that ended, and others that broke off
@@ -66,12 +56,47 @@ def test_evaluations_see_the_average_and_training_notices_nothing(engine, core):
         assert len({loss.item() for loss in expected}) == 3
 
 
+def require_write_backs(rank):
+    """Weights written back, and a reference that follows, reached what they are for."""
+    for result, name in zip(rank["write-backs"], ("elasticreset", "switch"), strict=True):
+        assert result["written_back"] == [(4, name)]
+        assert all(result["right"].values()), result["right"]
+    assert rank["anchor"]
+
+
+def require_snapshots(folder, name, count):
+    """What was stored is what the whole model gives."""
+    files = sorted((folder / name).glob("step-*.safetensors"))
+    assert len(files) == count
+    for file in files:
+        with safe_open(file, "pt") as stored, safe_open(folder / f"{name}-expected" / file.name, "pt") as expected:
+            assert stored.metadata() == expected.metadata()
+        assert same(load_file(file), load_file(folder / f"{name}-expected" / file.name))
+
+
+@every_engine
+def test_the_average_of_the_shards_is_the_shard_of_the_average(engine, core):
+    require_averages(core, engine)
+
+
+def test_memory_is_that_of_the_shards(core):
+    shapes = [rank["engines"]["FSDP2"]["shapes"] for rank in core]
+    assert [shape["inner.weight"] for shape in shapes] == [[16, 8], [15, 8]]
+    assert [shape["scale.weight"] for shape in shapes] == [[1, 8], [0, 8]]
+    shapes = [rank["engines"]["tensor parallel"]["shapes"] for rank in core]
+    assert [shape["inner.weight"] for shape in shapes] == [[16, 8], [15, 8]]
+    assert [shape["outer.weight"] for shape in shapes] == [[8, 16], [8, 15]]
+    assert [shape["outer.bias"] for shape in shapes] == [[8], [8]]
+
+
+@every_engine
+def test_evaluations_see_the_average_and_training_notices_nothing(engine, core):
+    require_evaluations(core, engine)
+
+
 def test_weights_written_back_reach_training(core):
     for rank in core:
-        for result, name in zip(rank["write-backs"], ("elasticreset", "switch"), strict=True):
-            assert result["written_back"] == [(4, name)]
-            assert all(result["right"].values()), result["right"]
-        assert rank["anchor"]
+        require_write_backs(rank)
 
 
 def test_updates_communicate_nothing(core):
@@ -143,12 +168,7 @@ def test_the_whole_model_is_one_file(two):
 @pytest.mark.parametrize(("name", "count"), [("trail", 3), ("tracks", 6)])
 def test_snapshots_that_outlive_the_run_are_whole(name, count, two):
     folder, _ = two
-    files = sorted((folder / name).glob("step-*.safetensors"))
-    assert len(files) == count
-    for file in files:
-        with safe_open(file, "pt") as stored, safe_open(folder / f"{name}-expected" / file.name, "pt") as expected:
-            assert stored.metadata() == expected.metadata()
-        assert same(load_file(file), load_file(folder / f"{name}-expected" / file.name))
+    require_snapshots(folder, name, count)
 
 
 def test_snapshots_are_written_once(two):
