@@ -38,6 +38,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tqdm import tqdm
+
 SAVE_EVERY = 2
 KILLED, STEPS = 6, 8  # the steps of the run that is killed, and of those that are compared
 
@@ -649,8 +651,8 @@ class Harness:
 
     # ------------------------------------------------------------------ points
 
-    def points(self, every: int, every_of_one: int, offset: int) -> Iterator[tuple[str, int, Iterator[Point]]]:
-        """Who is killed, how many operations there are, and some of the points."""
+    def points(self, every: int, every_of_one: int, offset: int) -> Iterator[tuple[str, int, int, Iterable[Point]]]:
+        """Who is killed, how many operations there are, how many points of them come, and these."""
         all_at_once: list[Point] = []
         number = count(1)
 
@@ -667,12 +669,12 @@ class Harness:
             middle = all_at_once[len(all_at_once) // 2]
             [really] = self.kills(0, [middle.number])
             assert names(really.left["killed"]) == names(middle.left["killed"])
-            yield "the run", len(pids), iter(all_at_once)
+            yield "the run", len(pids), len(all_at_once), all_at_once
             return
-        yield "all ranks", len(pids), iter(all_at_once)
+        yield "all ranks", len(pids), len(all_at_once), all_at_once
         for rank, operations in enumerate(counts):
             numbers = range(1 + offset, operations + 1, every_of_one)
-            yield f"rank {rank} alone", operations, self.kills(rank, numbers)
+            yield f"rank {rank} alone", operations, len(numbers), self.kills(rank, numbers)
 
     def kills(self, rank: int, numbers: Iterable[int]) -> Iterator[Point]:
         for number in numbers:
@@ -719,10 +721,10 @@ def main() -> None:
     counts: dict[str, Any] = {"killed": {}, "problems": []}
     with tempfile.TemporaryDirectory() as folder:
         harness = Harness(RUNS[options.trainer], options.rotation, Path(folder))
-        for who, operations, points in harness.points(options.every, options.every_of_one, options.offset):
+        for who, operations, number, points in harness.points(options.every, options.every_of_one, options.offset):
             used: dict[str, Counter[int]] = {"killed": Counter(), "without power": Counter()}
             seen = wrong = 0
-            for point in points:
+            for point in tqdm(points, f"{options.trainer}, {who}", number, leave=False, disable=None):
                 seen += 1
                 for state in used:
                     used[state][harness.resumed(point.left[state])[0]] += 1
