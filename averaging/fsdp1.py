@@ -6,7 +6,7 @@ stays as long as the engine lives, whereas what the parameters are depends on ho
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -29,26 +29,30 @@ class Unit:
 
     @property
     def is_sharded(self) -> bool:
-        """Whether this process may hold only a part: not with NO_SHARD, nor in a single process."""
-        return bool(self._handle.uses_sharded_strategy)
+        """Whether parameters stand for slices: not with NO_SHARD or in a single process, if they are the original."""
+        return bool(self._handle.uses_sharded_strategy) or self._handle.flat_param._params is None
 
-    def slices(self) -> Iterator[tuple[Tensor, FlatSlice]]:
+    def slices(self) -> Iterator[tuple[Tensor, FlatSlice | Mapping[str, FlatSlice]]]:
         """The parameters of which this process may hold only a part, and that part.
 
+        Without ``use_orig_params`` there is one parameter, and of each original one a part, under all the names that
+        it has in the module.
+
         Raises:
-            ValueError: they cannot be told from one another, or are sharded once more.
+            ValueError: they are sharded once more.
         """
         row = self._handle.flat_param
-        if row._params is None:
-            raise ValueError(
-                "FullyShardedDataParallel (FSDP1) shows each wrapped module's parameters as one, some of which may be "
-                f"averaged and others not: pass use_orig_params=True to it, {WAY_OUT}"
-            )
         if any(extension is not None for extension in row._param_extensions):
             raise ValueError(f"FullyShardedDataParallel (FSDP1) of parallel tensors is not supported: {WAY_OUT}")
-        if self.is_sharded:
-            for parameter, shape, info in zip(row._params, row._shapes, row._shard_param_infos, strict=True):
-                yield parameter, self._slice(parameter, shape, info)
+        parts = zip(row._params or [row] * len(row._shapes), row._shapes, row._shard_param_infos, strict=True)
+        if row._params is None:
+            named = dict(zip(row._fqns, (self._slice(*part) for part in parts), strict=True))
+            for key, _, module, first_key, _, first_module in row._shared_param_infos:
+                named[_joined(module, key)] = named[_joined(first_module, first_key)]
+            yield row, named
+        elif self.is_sharded:
+            for part in parts:
+                yield part[0], self._slice(*part)
 
     def _slice(self, parameter: Tensor, shape: torch.Size, info: Any) -> FlatSlice:
         row, start, count = self._handle.flat_param, info.offset_in_shard or 0, info.numel_in_shard or 0
@@ -90,6 +94,10 @@ class Unit:
             self._show_trained()
 
 
+def _joined(module: str, key: str) -> str:
+    return f"{module}.{key}" if module else key
+
+
 def units(model: nn.Module) -> list[Unit]:
     """The modules in ``model`` that FSDP1 has wrapped."""
     return [Unit(part) for part in _wrappers(model) if part._handle is not None]
@@ -107,8 +115,10 @@ def abandon_forward(model: nn.Module) -> None:
         unit.abandon_forward()
 
 
-def slices(model: nn.Module) -> Iterator[tuple[Tensor, FlatSlice]]:
+def slices(model: nn.Module) -> Iterator[tuple[Tensor, FlatSlice | Mapping[str, FlatSlice]]]:
     """The parameters of ``model`` that FSDP1 shards, and what this process holds of them.
+
+    Of one that stands for several: their names in the module that it is in → what this process holds.
 
     Raises:
         ValueError: some cannot be averaged, or ``model`` is what FSDP1 has wrapped, without the wrapper.

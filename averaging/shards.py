@@ -8,7 +8,7 @@ communicated.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,8 +41,10 @@ def is_flat(parameter: Tensor | None) -> bool:
     return zero is not None and zero.holds(parameter)
 
 
-def slices(model: nn.Module) -> dict[int, Tensor]:
+def slices(model: nn.Module) -> dict[int, Tensor | Mapping[str, Tensor]]:
     """The parameters of ``model`` that an engine has flattened: their ids → `FlatSlice`.
+
+    Where one stands for several: its id → name in the module that it is in → `FlatSlice`.
 
     Raises:
         ValueError: the engine keeps them in a way that is not supported.

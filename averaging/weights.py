@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -61,6 +61,27 @@ def _refuse_lazy(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name!r} is in a lazy module that has not seen any input so far: run it on a batch first")
 
 
+def _behind(
+    name: str, parameter: Tensor, flat: Mapping[int, Tensor | Mapping[str, Tensor]]
+) -> Iterator[tuple[str, Tensor]]:
+    """What a parameter stands for, under all names that it has in the bare model; ``flat`` are the model's `slices`."""
+    behind = flat.get(id(parameter), parameter)
+    if isinstance(behind, Mapping):
+        module, dot, _ = name.rpartition(".")
+        yield from ((_plain(f"{module}{dot}{inner}"), part) for inner, part in behind.items())
+    else:
+        yield _plain(name), behind
+
+
+def _once(named: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Each tensor under its first name."""
+    seen: set[int] = set()
+    for name, tensor in named:
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            yield name, tensor
+
+
 def _persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The buffers that a checkpoint holds: the others are computed from the configuration."""
     passing = {
@@ -100,11 +121,10 @@ class Binding:
                 # By identity: a tied weight counts once, under its first name.
                 seen.add(id(parameter))
                 self._watched.append((owner, key, parameter, parameter.requires_grad))
-                name = _plain(f"{prefix}.{key}" if prefix else key)
-                _refuse_lazy(name, parameter)
+                name = f"{prefix}.{key}" if prefix else key
+                _refuse_lazy(_plain(name), parameter)
                 if _averageable(parameter) and (frozen or parameter.requires_grad):
-                    part = flat.get(id(parameter))
-                    self.tensors[name] = parameter if part is None else part
+                    self.tensors.update(_once(_behind(name, parameter, flat)))
         if buffers:
             for name, buffer in _persistent_buffers(inner):
                 if _averageable(buffer):
@@ -164,7 +184,7 @@ def every_tensor(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     flat = slices(model)
     for name, tensor in (*inner.named_parameters(remove_duplicate=False), *inner.named_buffers(remove_duplicate=False)):
         _refuse_lazy(_plain(name), tensor)
-        yield _plain(name), flat.get(id(tensor), tensor)
+        yield from _behind(name, tensor, flat)
 
 
 def every_name(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -191,8 +211,9 @@ def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
     reshard(inner)
     flat = slices(model)
     return {
-        _plain(name): flat.get(id(tensor), tensor)
+        first: stored
         for name, tensor in (*inner.named_parameters(), *_persistent_buffers(inner))
+        for first, stored in _once(_behind(name, tensor, flat))
     }
 
 

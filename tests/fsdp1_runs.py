@@ -15,8 +15,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, ShardingStrategy
 from torch.nn.parallel import DistributedDataParallel
 
-from averaging import EMA, ElasticReset, EMAAnchor, Reference, Trajectory, applied, load_into, save_whole
+from averaging import EMA, ElasticReset, EMAAnchor, Reference, Trajectory, applied, load_into, named_weights, save_whole
 from averaging.averager import Averager
+
+BETWEEN = ("FULL_SHARD", "SHARD_GRAD_OP", "one parameter")
 
 
 def fsdp1(net: Net, strategy: str = "FULL_SHARD", **options: Any) -> Net:
@@ -25,11 +27,18 @@ def fsdp1(net: Net, strategy: str = "FULL_SHARD", **options: Any) -> Net:
     def wrap(part: nn.Module) -> Any:
         return FullyShardedDataParallel(
             part, device_id=torch.device("cpu"), sharding_strategy=ShardingStrategy[strategy],
-            use_orig_params=True, **options,
+            **{"use_orig_params": True, **options},
         )  # fmt: skip
 
     net.inner, net.outer = wrap(net.inner), wrap(net.outer)
     return wrap(net)
+
+
+def as_one(net: Net, strategy: str = "FULL_SHARD", **options: Any) -> Net:
+    """Each wrapped module shows its parameters as one; a frozen one among trained ones it must not manage."""
+    if (policy := options.get("mixed_precision")) is not None:
+        net.inner.bias.data = net.inner.bias.to(policy.param_dtype)
+    return fsdp1(net, strategy, use_orig_params=False, ignored_states=[net.inner.bias], **options)
 
 
 def core(folder: Path) -> dict[str, Any]:
@@ -42,16 +51,34 @@ def core(folder: Path) -> dict[str, Any]:
         "FULL_SHARD, bf16 policy": lambda: fsdp1(Net(), mixed_precision=MixedPrecision(param_dtype=half)),
         "SHARD_GRAD_OP": lambda: fsdp1(Net(), "SHARD_GRAD_OP"),
         "NO_SHARD": lambda: fsdp1(Net(), "NO_SHARD"),
+        "one parameter": lambda: as_one(Net()),
+        "one parameter, bf16 policy": lambda: as_one(Net(), mixed_precision=MixedPrecision(param_dtype=half)),
+        "one parameter, SHARD_GRAD_OP": lambda: as_one(Net(), "SHARD_GRAD_OP"),
+        "one parameter, NO_SHARD": lambda: as_one(Net(), "NO_SHARD"),
     }
     results: dict[str, Any] = {
         "engines": {name: beside_the_gathered(build, folder, True) for name, build in engines.items()}
     }
-    results["write-backs"] = [
-        train(fsdp1(Net()), [average]) for average in (ElasticReset(4, 0.8), EMA(0.8, switch=4, name="switch"))
-    ]
+    results["writing"] = {build.__name__: writing(build) for build in (fsdp1, as_one)}
+    results["between"] = {name: between_forward_and_backward(engines[name]) for name in BETWEEN}
+    results["accumulated"] = [accumulated(engines[name]) for name in ("SHARD_GRAD_OP", "one parameter, SHARD_GRAD_OP")]
+    results["collectives"] = collectives()
 
-    # A reference that follows the policy, sharded alike.
-    policy, other = fsdp1(Net()), fsdp1(Net())
+    net = Net()
+    net.outer.requires_grad_(False)
+    partly = as_one(net)
+    results["partly frozen"] = [[*named_weights(partly)], [*named_weights(partly, frozen=True)]]
+    for build in (fsdp1, as_one):
+        try:
+            EMA(0.8).update(build(Net()).module)
+        except ValueError as error:
+            results[f"inside {build.__name__}"] = str(error)
+    return results
+
+
+def writing(build: Callable[[Net], Net]) -> dict[str, Any]:
+    """Weights written back, and a reference that follows the policy, sharded alike."""
+    policy, other = build(Net()), build(Net())
     reference, anchor = Reference(EMAAnchor(0.3, every=2), policy, other), EMAAnchor(0.3, every=2)
 
     def follow(step: int) -> None:
@@ -60,26 +87,15 @@ def core(folder: Path) -> dict[str, Any]:
             loss(other, step)
 
     train(policy, [anchor], follow)
-    results["anchor"] = same(gathered(other), whole(policy, anchor.average()))
-
     everything = EMA(0.8, frozen=True)
     everything.update(policy, 1)
-    results["frozen"] = [*everything.average()]
-    results["between"] = {name: between_forward_and_backward(engines[name]) for name in ("FULL_SHARD", "SHARD_GRAD_OP")}
-    results["accumulated"] = accumulated(engines["SHARD_GRAD_OP"])
-    results["collectives"] = collectives()
-
-    as_one = FullyShardedDataParallel(nn.Linear(4, 3), device_id=torch.device("cpu"))
-    refused: dict[str, Callable[[], Any]] = {
-        "one parameter": lambda: EMA(0.8).update(as_one),
-        "inside": lambda: EMA(0.8).update(policy.module),
+    return {
+        "write-backs": [
+            train(build(Net()), [average]) for average in (ElasticReset(4, 0.8), EMA(0.8, switch=4, name="switch"))
+        ],
+        "anchor": same(gathered(other), whole(policy, anchor.average())),
+        "frozen": [*everything.average()],
     }
-    for name, attempt in refused.items():
-        try:
-            attempt()
-        except ValueError as error:
-            results[name] = str(error)
-    return results
 
 
 def between_forward_and_backward(build: Callable[[], Net]) -> list[bool]:
@@ -170,7 +186,7 @@ def files(folder: Path) -> dict[str, Any]:
     # From engine to engine, training on in each.
     engines: dict[str, Callable[[Net], nn.Module]] = {
         "FSDP2": fsdp, "DDP": DistributedDataParallel, "FSDP1": fsdp1,
-        "FSDP1, SHARD_GRAD_OP": lambda net: fsdp1(net, "SHARD_GRAD_OP"),
+        "FSDP1, SHARD_GRAD_OP": lambda net: fsdp1(net, "SHARD_GRAD_OP"), "FSDP1, one parameter": as_one,
     }  # fmt: skip
     seen, place = weights[:4], folder / "at-3"
     for name, build in engines.items():
@@ -198,6 +214,7 @@ def four(folder: Path) -> dict[str, Any]:
     for name, build in {
         "FULL_SHARD": lambda: fsdp1(Net()),
         "HYBRID_SHARD": lambda: fsdp1(Net(), "HYBRID_SHARD", device_mesh=mesh),
+        "one parameter": lambda: as_one(Net()),
     }.items():
         net = build()
         results[name] = {}

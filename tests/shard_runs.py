@@ -100,7 +100,7 @@ def whole(net: nn.Module, weights: Any) -> dict[str, torch.Tensor]:
     shapes = gathered(net) if isinstance(net, FullyShardedDataParallel) else {}
     out = {}
     for name, part in weights.items():
-        like = parameters[name]
+        like = parameters.get(name)  # FSDP1 may show it within another
         if isinstance(like, DTensor):
             part = DTensor.from_local(
                 part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
@@ -109,7 +109,8 @@ def whole(net: nn.Module, weights: Any) -> dict[str, torch.Tensor]:
             parts: list[Any] = [None] * distributed.get_world_size()
             distributed.all_gather_object(parts, part)
             if any(other.shape != shapes[name].shape for other in parts):
-                part = torch.cat(parts).view(shapes[name].shape)  # in the order of the processes
+                # In the order of the processes, unless each holds all.
+                part = torch.cat(parts)[: shapes[name].numel()].view(shapes[name].shape)
         out[name] = part.clone()
     return out
 

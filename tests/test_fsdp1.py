@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from fsdp1_runs import BETWEEN
 from ranks import once_on_ranks
 from safetensors.torch import load_file
 from shard_runs import Net, averagers, same
@@ -11,7 +12,18 @@ from test_shards import require_averages, require_evaluations, require_write_bac
 
 from averaging import load_into
 
-ENGINES = ["FULL_SHARD", "FULL_SHARD, bf16 weights", "FULL_SHARD, bf16 policy", "SHARD_GRAD_OP", "NO_SHARD"]
+ENGINES = [
+    "FULL_SHARD",
+    "FULL_SHARD, bf16 weights",
+    "FULL_SHARD, bf16 policy",
+    "SHARD_GRAD_OP",
+    "NO_SHARD",
+    "one parameter",
+    "one parameter, bf16 policy",
+    "one parameter, SHARD_GRAD_OP",
+    "one parameter, NO_SHARD",
+]
+BUILDS = ["fsdp1", "as_one"]
 
 
 @pytest.fixture(scope="module")
@@ -43,22 +55,30 @@ def test_updates_communicate_nothing(core):
     assert [rank["collectives"] for rank in core] == [(0, 1), (0, 1)]
 
 
-def test_weights_written_back_reach_training(core):
+@pytest.mark.parametrize("build", BUILDS)
+def test_weights_written_back_reach_training(build, core):
     for rank in core:
-        require_write_backs(rank)
-        assert "inner.bias" in rank["frozen"]
+        require_write_backs(rank["writing"][build])
+        assert "inner.bias" in rank["writing"][build]["frozen"]
 
 
 def test_averages_and_evaluations_between_forward_and_backward_and_while_gradients_accumulate(core):
     for rank in core:
-        assert rank["between"] == {"FULL_SHARD": [True] * 3, "SHARD_GRAD_OP": [True] * 3}
-        assert rank["accumulated"]
+        assert rank["between"] == dict.fromkeys(BETWEEN, [True] * 3)
+        assert rank["accumulated"] == [True, True]
 
 
-def test_what_cannot_be_averaged_is_refused_with_a_way_out(core):
+def test_of_parameters_shown_as_one_those_that_train_are_averaged(core):
     for rank in core:
-        assert "pass use_orig_params=True" in rank["one parameter"]
-        assert "give the wrapped model" in rank["inside"]
+        trained, everything = rank["partly frozen"]
+        assert trained == ["tokens.weight", "scale.weight", "scale.bias", "inner.weight"]
+        assert sorted(everything) == sorted([*trained, "inner.bias", "outer.weight", "outer.bias"])
+
+
+@pytest.mark.parametrize("build", BUILDS)
+def test_what_cannot_be_averaged_is_refused_with_a_way_out(build, core):
+    for rank in core:
+        assert "give the wrapped model" in rank[f"inside {build}"]
 
 
 # ---------------------------------------------------------------------- files
@@ -76,7 +96,7 @@ def test_a_resumed_run_equals_the_straight_one(two):
     assert not [*folder.rglob(".averaging-*")]
 
 
-@pytest.mark.parametrize("engine", ["FSDP2", "DDP", "FSDP1", "FSDP1, SHARD_GRAD_OP"])
+@pytest.mark.parametrize("engine", ["FSDP2", "DDP", "FSDP1", "FSDP1, SHARD_GRAD_OP", "FSDP1, one parameter"])
 def test_averages_go_on_in_other_engines(engine, two):
     _, ranks = two
     for rank in ranks:
@@ -110,11 +130,11 @@ def test_four_processes_read_what_two_have_saved(two, tmp_path_factory):
     _, (first, _) = two
     folder, ranks = once_on_ranks(4, "fsdp1_runs:four", tmp_path_factory.getbasetemp())
     for rank in ranks:
-        for layout in ("FULL_SHARD", "HYBRID_SHARD"):
+        for layout in ("FULL_SHARD", "HYBRID_SHARD", "one parameter"):
             for name, average in first["saved"].items():
                 assert same(rank[layout][name], {key: value.float() for key, value in average.items()}), name
         assert rank["collectives"] == (0, 1)
-    for layout in ("FULL_SHARD", "HYBRID_SHARD"):
+    for layout in ("FULL_SHARD", "HYBRID_SHARD", "one parameter"):
         for average in averagers(folder):
             average.load(folder / layout / average.name)
             assert same(average.average(), first["saved"][average.name]), average.name

@@ -36,7 +36,7 @@ def require_averages(core, engine):
         result = rank["engines"][engine]
         assert len(result["right"]) == 14
         assert all(result["right"].values()), result["right"]
-        assert result["names"] == TRAINED  # a tied weight once, no frozen one
+        assert sorted(result["names"]) == sorted(TRAINED)  # a tied weight once, no frozen one
         assert result["plain"]
 
 
