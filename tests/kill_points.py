@@ -15,6 +15,7 @@ ended. Where points leave the same files, one run answers for all of them.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import hashlib
 import json
@@ -41,7 +42,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 SAVE_EVERY = 2
-KILLED, STEPS = 6, 8  # the steps of the run that is killed, and of those that are compared
+KILLED, STEPS = 6, 7  # the steps of the run that is killed, and of those that are compared
 
 PATIENCE = 10
 """Seconds in which a rank ends when another was killed; then it is killed, too."""
@@ -76,6 +77,14 @@ def summary(trainer: str, rotation: bool, counts: dict[str, Any]) -> list[str]:
             f"{used['killed']}; with unsynced data lost: {used['without power']}"
         )
     return lines
+
+
+def free_port() -> int:
+    """A port to listen on soon: none of those that the system gives to connections."""
+    while True:
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("127.0.0.1", 10_000 + secrets.randbelow(20_000)))
+            return int(free.getsockname()[1])
 
 
 def compiled(folder: Path) -> Any:
@@ -127,6 +136,8 @@ def announcing_seals(module: Any, announce: Announce) -> None:
 
 
 def transformers_run(rotation: bool) -> Run:
+    with contextlib.suppress(ImportError):
+        import deepspeed  # noqa: F401  which accelerate would import in every fork
     from test_transformers import Recorder, trainer
 
     import averaging.transformers
@@ -276,6 +287,8 @@ def loop_run(rotation: bool) -> Run:
 
 def sharded_transformers_run(rotation: bool) -> Run:
     """A run that cannot be resumed, as Trainer saves no optimizer of it; what it has left is looked through."""
+    with contextlib.suppress(ImportError):
+        import deepspeed  # noqa: F401  as above
     import torch
     from safetensors.torch import load_file
     from test_transformers import tiny_model, trainer
@@ -576,9 +589,7 @@ class Harness:
                 are logged.
             pause: called before each operation.
         """
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         self.pids = []
         for rank in range(ranks):
             if (pid := os.fork()) == 0:
