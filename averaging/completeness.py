@@ -170,7 +170,7 @@ def _newest_first(folder: Path) -> list[Path]:
             checkpoints.append((int(match[1]), path.name, path))
         elif path.suffix == ".ckpt":
             try:
-                step = _content(path).get("global_step")
+                step = content_of(path).get("global_step")
             except (OSError, ValueError):
                 step = None
             # What cannot be read comes first, so that it is spoken of.
@@ -183,7 +183,7 @@ def _lacks_optimizer(checkpoint: Path) -> str | None:
         names = {path.name for path in checkpoint.iterdir()}
         there = "trainer_state.json" in names and any(name.startswith(("optimizer", "global_step")) for name in names)
     else:
-        there = "lr_schedulers" in _content(checkpoint)
+        there = "lr_schedulers" in content_of(checkpoint)
     return None if there else "it holds no optimizer's state to resume from"
 
 
@@ -216,9 +216,10 @@ def _flaw_of_file(file: Path) -> str | None:
         with zipfile.ZipFile(file) as archive:
             if (damaged := archive.testzip()) is not None:
                 return f"its part {damaged} is damaged"
-        content = _content(file)
+        content = content_of(file)
         averages = content["averaging"]["averages"].values() if "averaging" in content else ()
         folders = {Path(entry["state"]["folder"]).parts[0] for entry in averages if "folder" in entry.get("state", {})}
+        folders |= {Path(content["averaging"]["folder"]).name} if "folder" in content.get("averaging", {}) else set()
     except (zipfile.BadZipFile, ValueError, KeyError, TypeError, AttributeError, EOFError) as error:
         return f"it is cut off, damaged or no Lightning checkpoint ({error})"
     for folder in folders:
@@ -251,7 +252,7 @@ class _PlainData(InertUnpickler):
         return _Stub
 
 
-def _content(file: Path) -> dict[str, Any]:
+def content_of(file: Path) -> dict[str, Any]:
     """What a Lightning checkpoint, a file or what several processes have written, holds besides tensors and objects.
 
     Raises:

@@ -29,9 +29,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
+from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from torch import nn
 from torchmetrics import Metric
 
 from averaging.apply import applied, load_into
@@ -53,7 +55,8 @@ from averaging.callbacks import (
     home,
     leading,
 )
-from averaging.completeness import Checksums, begin, require_whole, seal
+from averaging.checkpoints.checkpoint import Checkpoint
+from averaging.completeness import Checksums, begin, content_of, require_whole, seal
 from averaging.randomness import random_state
 from averaging.schedule_free import enter_eval, evaluating
 from averaging.shard_files import Parts, StoredParts, model_parts, replacing_together, save_model_parts, shards_of
@@ -96,8 +99,9 @@ class AveragingCallback(CallbackCore, Callback):
       average for ``ema_val_loss``. From other checkpoints they take the average. With ``save_weights_only=True`` a
       checkpoint holds only these weights if a metric of an average other than the first, or of the online weights,
       chose it, and otherwise those that ``checkpoint=`` names.
-    - Under ``ModelParallelStrategy`` (FSDP2, tensor parallelism) the averages are those of each process's shards, and
-      lie in a folder inside the checkpoint, to which every process writes its part.
+    - Under ``ModelParallelStrategy`` (FSDP2, tensor parallelism) and ``FSDPStrategy`` (FSDP1) the averages are those of
+      each process's shards, and lie in a folder inside the checkpoint, to which every process writes its part; beside
+      the single file of ``FSDPStrategy(state_dict_type="full")``.
     - When training ends (at ``on_fit_end``) the model holds the average. The online weights are in the last
       checkpoint, and calling ``fit`` again with the same trainer continues from them (with new optimizers, as
       Lightning makes them; resume from the checkpoint to keep their state).
@@ -110,7 +114,8 @@ class AveragingCallback(CallbackCore, Callback):
     _rewind: Callable[[], None] | None = None
     _detach: Callable[[], None] | None = None
     _online: Weights | None = None  # the weights being trained, while the model holds the average
-    _parts: str | None = None  # the folder of the averages in the distributed checkpoint being saved
+    _checksums: Checksums | None = None
+    _parts: str | None = None  # the folder to which all processes wrote the averages of the checkpoint being saved
 
     def __getstate__(self) -> dict[str, Any]:
         passing = ("_evaluation", "_rewind", "_detach", "recalibration")
@@ -135,7 +140,7 @@ class AveragingCallback(CallbackCore, Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # The average of shards cannot be saved by a hook alone, and a run may be saved when it has ended.
-        if self._detach is not None and not is_sharded(pl_module):
+        if self._detach is not None and not _saves_together(trainer):
             self._detach()
 
     def _attach(self, trainer: Any) -> None:
@@ -152,25 +157,14 @@ class AveragingCallback(CallbackCore, Callback):
                     'the weights being trained: pass checkpoint="average" to save the average',
                     stacklevel=2,
                 )
-        save, checksums = trainer.save_checkpoint, Checksums()
+        save = trainer.save_checkpoint
 
         @functools.wraps(save)
         def save_checkpoint(filepath: Any, weights_only: bool | None = None, *args: Any, **kwargs: Any) -> None:
-            nonlocal checksums
             weights: Average | Weights = {}
-            module = trainer.lightning_module
-            if is_sharded(module) and not weights_only:
-                checkpoint = Path(trainer.strategy.broadcast(os.fspath(filepath)))
-                self._parts = trainer.strategy.broadcast(f"{KEY}-{secrets.token_hex(4)}")
-                replaced = [path for path in checkpoint.glob(f"{KEY}-*") if path.is_dir()]
-                mark = begin(checkpoint) if trainer.is_global_zero else None
-                self._save_parts(checkpoint / self._parts, module, self._all_averagers(trainer))
-                with applied(module, self._online or {}):
+            if _saves_together(trainer) and not weights_only:
+                with self._saving_together(trainer, Path(trainer.strategy.broadcast(os.fspath(filepath)))):
                     save(filepath, weights_only, *args, **kwargs)
-                if trainer.is_global_zero:
-                    for old in replaced:
-                        shutil.rmtree(old, ignore_errors=True)
-                    checksums = seal(checkpoint, mark, checksums)
                 return
             if weights_only and not trainer.state.finished:  # else the model holds what is to be saved
                 wanted = self._chosen_by(_saving_monitor(), trainer)
@@ -178,7 +172,7 @@ class AveragingCallback(CallbackCore, Callback):
                     wanted = self.leader if self.checkpoint == "average" else ONLINE
                 averages = self.averages(self._all_averagers(trainer))
                 weights = averages[wanted] if wanted != ONLINE else self._online or {}
-            with applied(module, weights):
+            with applied(_model(trainer), weights):
                 save(filepath, weights_only, *args, **kwargs)
 
         def detach() -> None:
@@ -187,7 +181,31 @@ class AveragingCallback(CallbackCore, Callback):
 
         trainer.save_checkpoint, self._detach = save_checkpoint, detach
 
-    def _save_parts(self, folder: Path, module: LightningModule, averagers: list[Averager]) -> None:
+    @contextmanager
+    def _saving_together(self, trainer: Any, checkpoint: Path) -> Iterator[None]:
+        """Write the averages, of which every process has a part, with the checkpoint that the ``with`` block saves."""
+        in_file, model = _saves_file(trainer.strategy), _model(trainer)
+        name = trainer.strategy.broadcast(f"{KEY}-{secrets.token_hex(4)}")
+        self._parts = f"{checkpoint.name}.{name}" if in_file else name
+        folder = checkpoint.with_name(self._parts) if in_file else checkpoint / self._parts
+        with ExitStack() as stack:
+            if trainer.is_global_zero:
+                stack.enter_context(_fresh(folder) if in_file else self._sealing(checkpoint))
+            self._save_parts(folder, model, self._all_averagers(trainer))
+            stack.enter_context(applied(model, self._online or {}))
+            yield
+
+    @contextmanager
+    def _sealing(self, checkpoint: Path) -> Iterator[None]:
+        """Call a checkpoint that is a folder complete when the ``with`` block has written it."""
+        replaced = [path for path in checkpoint.glob(f"{KEY}-*") if path.is_dir()]
+        mark = begin(checkpoint)
+        yield
+        for old in replaced:
+            shutil.rmtree(old, ignore_errors=True)
+        self._checksums = seal(checkpoint, mark, self._checksums)
+
+    def _save_parts(self, folder: Path, model: nn.Module, averagers: list[Averager]) -> None:
         """Write the averages of shards and their state, by all processes together, as folders of their names."""
         averages = self.averages(averagers)
         for averager in averagers:
@@ -195,41 +213,47 @@ class AveragingCallback(CallbackCore, Callback):
                 saving = averager.saving if name == home(averager) else replacing_together
                 with saving(folder / name) as staging:
                     if name in averages and averages[name].ready:
-                        save_model_parts(module, averages[name].average(rounded=True), staging / AVERAGE)
+                        save_model_parts(model, averages[name].average(rounded=True), staging / AVERAGE)
 
-    def _refuse_engines(self, trainer: Any, module: LightningModule) -> None:
+    def _refuse_engines(self, trainer: Any) -> None:
         """Raise where the averages could not be kept, evaluated, saved or resumed."""
-        strategy = trainer.strategy
-        if type(strategy).__name__ == "DeepSpeedStrategy":
+        if type(trainer.strategy).__name__ == "DeepSpeedStrategy":
             raise ValueError(
                 "averages under Lightning's DeepSpeedStrategy are not supported, as only the first process's part of "
                 'them would be in its checkpoints: use ModelParallelStrategy (FSDP2) or strategy="ddp", transformers\' '
                 "Trainer with DeepSpeed, or average the saved checkpoints afterwards with `soup`"
             )
-        if type(strategy).__name__ == "FSDPStrategy":
-            raise ValueError(
-                "averages under Lightning's FSDPStrategy (FSDP1) are not supported, as callbacks get the module inside "
-                "of the wrapper that alone knows what the parameters are: use ModelParallelStrategy (FSDP2) or "
-                'strategy="ddp", or average the saved checkpoints afterwards with `soup`'
-            )
-        if not is_sharded(module):
+        if not _saves_together(trainer):
             return
+        strategy = trainer.strategy
+        engine = type(strategy).__name__
+        if not is_sharded(_model(trainer)) and trainer.world_size > 1:
+            raise ValueError(
+                f"averages under {engine} are saved by all processes together, each its part, but here each holds the "
+                'whole model: let them share it, or use strategy="ddp"'
+            )
         if not getattr(strategy, "_save_distributed_checkpoint", True):
             raise ValueError(
                 "averages under ModelParallelStrategy are saved by all processes, as they are of each one's shards: "
                 "leave out save_distributed_checkpoint=False"
             )
+        if _saves_file(strategy) and not isinstance(strategy.checkpoint_io, _CheckpointIO):
+            raise ValueError(
+                f"averages under {engine} are saved by all processes, beside the file that a CheckpointIO of yours "
+                'writes and removes: leave it out, or give the strategy state_dict_type="sharded"'
+            )
         if self.checkpoint == "average" and self._leads(trainer):
             raise ValueError(
-                'checkpoint="average" is not supported under ModelParallelStrategy, which loads a checkpoint before '
+                f'checkpoint="average" is not supported under {engine}, which loads a checkpoint before '
                 "callbacks hear of it: leave it out, and load_average() gives the average of a checkpoint"
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._online is not None and _holds(pl_module, self.average):
-            load_into(pl_module, self._online)
+        model = _model(trainer)
+        if self._online is not None and _holds(model, self.average):
+            load_into(model, self._online)
         self._online = None
-        self._refuse_engines(trainer, pl_module)
+        self._refuse_engines(trainer)
         batches = trainer.num_training_batches
         steps_per_epoch = total = None
         if isinstance(batches, int):
@@ -243,14 +267,14 @@ class AveragingCallback(CallbackCore, Callback):
             averager.prepare(total, steps_per_epoch)
             if not averager.absorbed:
                 averager.reset(trainer.global_step, float(trainer.current_epoch))
-            averager.bind(pl_module)
+            averager.bind(model)
             if not averager.absorbed:
-                averager.update(pl_module, averager.step, epoch=averager.epoch)
+                averager.update(model, averager.step, epoch=averager.epoch)
         if self._leads(trainer):
             data, step = partial(_training_batches, trainer, pl_module), partial(_training_step, trainer)
-            self.use_recalibration(pl_module, self._all_averagers(trainer), data, step)
+            self.use_recalibration(model, self._all_averagers(trainer), data, step)
         if trainer.is_global_zero:
-            self.announce(pl_module)
+            self.announce(model)
         if self.learning_rate is not None and len(trainer.optimizers) > 1:
             warnings.warn(f"swa_lr sets the learning rate of all {len(trainer.optimizers)} optimizers", stacklevel=2)
 
@@ -262,7 +286,7 @@ class AveragingCallback(CallbackCore, Callback):
     ) -> None:
         batches = trainer.num_training_batches
         done = (batch_idx + 1) / batches if isinstance(batches, int) else float(trainer.is_last_batch)
-        self.offer(pl_module, trainer.optimizers, trainer.global_step, trainer.current_epoch + done)
+        self.offer(_model(trainer), trainer.optimizers, trainer.global_step, trainer.current_epoch + done)
         # Once more before the next batch: schedulers have their turn before this, or after it.
         self.set_learning_rate(trainer.optimizers, trainer.global_step)
 
@@ -275,9 +299,10 @@ class AveragingCallback(CallbackCore, Callback):
             return
         for optimizer in trainer.optimizers:
             enter_eval(optimizer)  # before a validation after training does, on what is put into the model here
-        own = dict(every_name(pl_module))
+        model = _model(trainer)
+        own = dict(every_name(model))
         online = {name: own[name].detach().to("cpu", copy=True) for name in self.average.average(rounded=True)}
-        load_into(pl_module, self.average)
+        load_into(model, self.average)
         self._online = online
 
     # ------------------------------------------------------------------ evaluation
@@ -288,30 +313,34 @@ class AveragingCallback(CallbackCore, Callback):
         self._rewind = random_state()
         if self.evaluate != "online" and self.average is not None:
             self._evaluation = ExitStack()
-            self._evaluation.enter_context(evaluating(pl_module, trainer.optimizers))
-            self._online = self._evaluation.enter_context(applied(pl_module, self.average))
+            self._evaluation.enter_context(evaluating(_model(trainer), trainer.optimizers))
+            self._online = self._evaluation.enter_context(applied(_model(trainer), self.average))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._leave_evaluation()
         if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
             return
         if self._rewind is not None:  # this callback leads
-            averages = self.averages(self._all_averagers(trainer))
+            averages, model = self.averages(self._all_averagers(trainer)), _model(trainer)
             for name in self.beside(averages):
                 with (
-                    evaluating(pl_module, trainer.optimizers),
-                    nullcontext() if name == ONLINE else applied(pl_module, averages[name]),
+                    evaluating(model, trainer.optimizers),
+                    nullcontext() if name == ONLINE else applied(model, averages[name]),
                 ):
                     _validate_again(trainer, f"{name}_", self._rewind)
         self.observe(trainer.callback_metrics, trainer.global_step)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._leave_evaluation()
+        self._leave_evaluation(exception)
 
-    def _leave_evaluation(self) -> None:
-        if self._evaluation is not None:
+    def _leave_evaluation(self, exception: BaseException | None = None) -> None:
+        if self._evaluation is None:
+            return
+        if exception is None:
             self._evaluation.close()
-            self._evaluation = self._online = None
+        else:  # which may have cut off a forward pass that FSDP would hold to be under way
+            self._evaluation.__exit__(type(exception), exception, exception.__traceback__)
+        self._evaluation = self._online = None
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -354,10 +383,10 @@ class AveragingCallback(CallbackCore, Callback):
         checkpoint[KEY] = payload
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        payload = checkpoint.get(KEY)
+        payload, path, model = checkpoint.get(KEY), str(trainer.ckpt_path), _model(trainer)
         parts = None
         if payload is not None and "folder" in payload:
-            parts = Path(str(trainer.ckpt_path)) / Path(payload["folder"]).name
+            parts = _parts_of(Path(path), payload)
         if trainer.state.fn != TrainerFn.FITTING:
             if self._leads(trainer):
                 payload = payload or {"held": ONLINE, "averages": {}}
@@ -367,23 +396,23 @@ class AveragingCallback(CallbackCore, Callback):
                         f"the checkpoint holds no average {wanted!r}: its weights are used as they are", stacklevel=2
                     )
                 elif parts is not None and (parts / wanted / AVERAGE).is_dir():
-                    load_into(pl_module, model_parts(pl_module, parts / wanted / AVERAGE))
+                    load_into(model, model_parts(model, parts / wanted / AVERAGE))
                 else:
-                    _load_differences(pl_module, _stored(payload, wanted))
+                    _load_differences(model, _stored(payload, wanted))
             return
         self._online = self.recalibration = None
-        path = str(trainer.ckpt_path)
         if _is_local_file_protocol(path):
             _locate_folders(checkpoint, path)  # ModelParallelStrategy loads files, too, and by itself
         if payload is not None and self._leads(trainer) and _is_local_file_protocol(path):
             states = [entry.get("state", {}) for entry in _averages(checkpoint)]
-            if all(os.path.isdir(state["folder"]) for state in states if "folder" in state):  # else `missing` decides
+            folders = [state["folder"] for state in states if "folder" in state] if parts is None else [parts]
+            if all(map(os.path.isdir, folders)):  # else `missing` decides
                 require_whole(Path(path))
         for averager in self.averagers:
             averager.reset()
             if parts is not None:
                 try:
-                    averager.load(parts / home(averager), pl_module)
+                    averager.load(parts / home(averager), model)
                 except FileNotFoundError as error:
                     self.missing_state(averager, "the checkpoint", error)
                 continue
@@ -392,14 +421,14 @@ class AveragingCallback(CallbackCore, Callback):
                 self.missing_state(averager, "the checkpoint")
                 continue
             if "folder" not in state:
-                averager.load_state_dict(state, if_sharded(pl_module))
+                averager.load_state_dict(state, if_sharded(model))
                 continue
             try:
-                averager.load(state["folder"], if_sharded(pl_module))
+                averager.load(state["folder"], if_sharded(model))
             except FileNotFoundError as error:
                 self.missing_state(averager, "the folder beside the checkpoint, which is to move along with it,", error)
         if payload is not None and self._leads(trainer):
-            _load_differences(pl_module, _stored(payload, ONLINE))
+            _load_differences(model, _stored(payload, ONLINE))
 
     def _chosen_by(self, monitor: str | None, trainer: Trainer) -> str | None:
         """The weights that a metric measured if it is not one of the usual names: an average's name, or "online"."""
@@ -439,35 +468,32 @@ class _CheckpointIO(TorchCheckpointIO):
                 entry["state"] = entry["state"].state_dict()
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        replaced = _folders(path)
-        folder = Path(f"{path}.{KEY}-{secrets.token_hex(4)}")
+        together = checkpoint.get(KEY, {}).get("folder")  # all processes have written it
+        replaced = [folder for folder in _folders(path) if os.path.basename(folder) != together]
+        folder = Path(path).with_name(together or f"{Path(path).name}.{KEY}-{secrets.token_hex(4)}")
         with ExitStack() as stack:
-            try:
-                if entries:
-                    folder.mkdir(parents=True)
-                    with suppress(OSError):  # a file system without locks
-                        stack.enter_context(locked(folder))
-                    for entry in entries:
-                        averager = entry["state"]
-                        averager.save(folder / averager.name)
-                        entry["state"] = {"folder": f"{folder.name}/{averager.name}"}
-                    self._checksums = seal(folder, known=self._checksums)
-                if os.path.islink(path):  # to another checkpoint, which is to stay
-                    os.unlink(path)
-                with replacing(path) as file:
-                    torch.save(checkpoint, file)
-            except Exception:  # not Ctrl-C, which may come when the checkpoint is already there
-                shutil.rmtree(folder, ignore_errors=True)
-                raise
+            if entries:
+                stack.enter_context(_fresh(folder))
+            for entry in entries:
+                averager = entry["state"]
+                averager.save(folder / averager.name)
+                entry["state"] = {"folder": f"{folder.name}/{averager.name}"}
+            if entries or together:
+                self._checksums = seal(folder, known=self._checksums)
+            if os.path.islink(path):  # to another checkpoint, which is to stay
+                os.unlink(path)
+            with replacing(path) as file:
+                torch.save(checkpoint, file)
         fsync_way(Path(path))
         for old in replaced:
             _remove(old)
 
     def load_checkpoint(self, path: str | Path, *args: Any, **options: Any) -> dict[str, Any]:
-        if (Path(path) / "meta.pt").is_file():
+        if os.path.isdir(path):
             raise ValueError(
-                f"{path}: its processes wrote this checkpoint together under ModelParallelStrategy, and Lightning "
-                "loads it under no other: resume with that strategy, or begin a new run with its weights, "
+                f"{path}: its processes wrote this checkpoint together under ModelParallelStrategy or FSDPStrategy, "
+                "and Lightning loads it under no other: resume with that strategy, or begin a new run with its "
+                "weights, "
                 f'module.load_state_dict(load_average("{path}", "{ONLINE}")). Without "{ONLINE}" they are the average'
             )
         try:
@@ -483,6 +509,43 @@ class _CheckpointIO(TorchCheckpointIO):
         super().remove_checkpoint(path)
         for folder in _folders(path):
             _remove(folder)
+
+
+@contextmanager
+def _fresh(folder: Path) -> Iterator[None]:
+    """Make ``folder``, and hold it against other runs that tidy up; an exception removes it."""
+    folder.mkdir(parents=True)
+    with ExitStack() as stack:
+        with suppress(OSError):  # a file system without locks
+            stack.enter_context(locked(folder))
+        try:
+            yield
+        except Exception:  # not Ctrl-C, which may come when the checkpoint is already there
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+
+def _model(trainer: Any) -> nn.Module:
+    """What is averaged: FSDP1 knows more than the module that it has wrapped."""
+    model: nn.Module = trainer.model if isinstance(trainer.strategy, FSDPStrategy) else trainer.lightning_module
+    return model
+
+
+def _saves_together(trainer: Any) -> bool:
+    """Whether all processes write the averages of a checkpoint together, as each has a part of them."""
+    return isinstance(trainer.strategy, FSDPStrategy) or is_sharded(trainer.lightning_module)
+
+
+def _saves_file(strategy: Any) -> bool:
+    """Whether what all processes hold in parts is gathered to a single file; else checkpoints are folders."""
+    return isinstance(strategy, FSDPStrategy) and strategy._state_dict_type == "full"
+
+
+def _parts_of(checkpoint: Path, payload: dict[str, Any]) -> Path:
+    """The folder to which all processes wrote the averages: in the checkpoint or, if that is a file, beside it."""
+    # last.ckpt may be a symbolic link
+    place = checkpoint if checkpoint.is_dir() else Path(os.path.realpath(checkpoint)).parent
+    return place / Path(payload.get("folder", KEY)).name
 
 
 def _averages(checkpoint: dict[str, Any]) -> list[dict[str, Any]]:
@@ -533,10 +596,12 @@ def load_average(checkpoint: str | os.PathLike[str], name: str | None = None) ->
         ValueError: the checkpoint holds no average, or none of that name.
     """
     if os.path.isdir(checkpoint):
-        return _load_distributed(Path(checkpoint), name)
+        return _load_together(Path(checkpoint), name, content_of(Path(checkpoint)).get(KEY, {}), Checkpoint(checkpoint))
     content = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    payload = content.get(KEY)
-    averages = [] if payload is None else [n for n, entry in payload["averages"].items() if "average" in entry]
+    payload: dict[str, Any] = content.get(KEY, {"averages": {}})
+    if "folder" in payload:
+        return _load_together(Path(checkpoint), name, payload, content["state_dict"])
+    averages = [n for n, entry in payload["averages"].items() if "average" in entry]
     if not averages:
         raise ValueError(f"{os.fspath(checkpoint)}: holds no average; it was not written with an averaging callback")
     name = payload.get("chosen", averages[0]) if name is None else name
@@ -545,20 +610,18 @@ def load_average(checkpoint: str | os.PathLike[str], name: str | None = None) ->
     return {**content["state_dict"], **_stored(payload, name)}
 
 
-def _load_distributed(checkpoint: Path, name: str | None) -> dict[str, torch.Tensor]:
-    """`load_average` of a folder that all processes have written."""
-    payload = torch.load(checkpoint / "meta.pt", map_location="cpu", weights_only=True).get(KEY, {})
-    folder = checkpoint / Path(payload.get("folder", KEY)).name
-    averages = [path.parent.name for path in sorted(folder.glob(f"*/{AVERAGE}"))]
+def _load_together(
+    checkpoint: Path, name: str | None, payload: dict[str, Any], online: Weights
+) -> dict[str, torch.Tensor]:
+    """`load_average` of what all processes have written together."""
+    parts = _parts_of(checkpoint, payload)
+    averages = [path.parent.name for path in sorted(parts.glob(f"*/{AVERAGE}"))]
     if not averages:
         raise ValueError(f"{checkpoint}: holds no average; it was not written with an averaging callback, or too early")
     name = payload.get("chosen", next(iter(payload["averages"]))) if name is None else name
     if name not in averages and name != ONLINE:
         raise ValueError(f"{checkpoint}: holds no average {name!r}, only {', '.join(averages)}")
-    whole = StoredParts(checkpoint, {})
-    prefix = "state_dict."
-    weights = {key.removeprefix(prefix): whole[key] for key in whole if key.startswith(prefix)}
-    return weights if name == ONLINE else {**weights, **StoredParts(folder / name / AVERAGE, {})}
+    return dict(online) if name == ONLINE else {**online, **StoredParts(parts / name / AVERAGE, {})}
 
 
 def _stored(payload: dict[str, Any], name: str) -> dict[str, Any]:
@@ -568,8 +631,8 @@ def _stored(payload: dict[str, Any], name: str) -> dict[str, Any]:
     return {**payload.get(ONLINE, {}), **payload["averages"].get(name, {}).get("average", {})}
 
 
-def _load_differences(module: LightningModule, weights: dict[str, Any]) -> None:
-    if not is_sharded(module):
+def _load_differences(module: nn.Module, weights: dict[str, Any]) -> None:
+    if isinstance(module, LightningModule) and not is_sharded(module):
         module.load_state_dict(weights, strict=False)
     elif weights:
         load_into(module, Parts(weights, shards_of(module)))
@@ -595,7 +658,7 @@ def _entries(module: LightningModule, state_dict: dict[str, Any], weights: Weigh
     return {key: weights[first[key]] for key in state_dict if first.get(key) in weights}
 
 
-def _holds(module: LightningModule, average: Average | None) -> bool:
+def _holds(module: nn.Module, average: Average | None) -> bool:
     """Whether ``module`` holds the average, bit for bit."""
     if average is None or not average.ready:
         return False
@@ -631,11 +694,15 @@ def _training_batches(trainer: Any, module: LightningModule) -> Iterator[Iterato
                 value[:] = copy
 
 
-def _training_step(trainer: Any, module: LightningModule, batch: Any) -> None:
+def _training_step(trainer: Any, model: nn.Module, batch: Any) -> None:
+    module = trainer.lightning_module
     batch = trainer.precision_plugin.convert_input(batch)
     batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
     batch = call._call_strategy_hook(trainer, "batch_to_device", batch, dataloader_idx=0)
     arguments = trainer.fit_loop.epoch_loop._build_kwargs({}, batch, 0)
+    if isinstance(trainer.strategy, FSDPStrategy):
+        trainer.strategy.training_step(*arguments.values())
+        return
     with trainer.precision_plugin.train_step_context():
         module.training_step(*arguments.values())
 

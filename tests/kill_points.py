@@ -114,12 +114,12 @@ def newest_whole(folder: Path) -> Path | None:
 
 
 def step_of(checkpoint: Path | None) -> int:
-    from averaging.completeness import _content
+    from averaging.completeness import content_of
 
     if checkpoint is None:
         return 0
     if checkpoint.suffix == ".ckpt":
-        return int(_content(checkpoint)["global_step"])
+        return int(content_of(checkpoint)["global_step"])
     return int(checkpoint.name.rpartition("-")[2])
 
 

@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ddp_runs import collectives, count_collectives, data
+from ddp_runs import collectives, count_collectives
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, TensorDataset
 
 from averaging import (
     BEMA,
@@ -407,48 +406,19 @@ def four(folder: Path) -> dict[str, Any]:
 
 
 def lightning(folder: Path) -> dict[str, Any]:
-    import lightning.pytorch as pl
     import schedulefree
-    from lightning.pytorch.callbacks import ModelCheckpoint
+    import strategy_runs
     from lightning.pytorch.strategies import ModelParallelStrategy
 
     from averaging.lightning import AveragingCallback
 
     logging.disable(logging.INFO)
 
-    class Module(pl.LightningModule):
-        """With a layer of BatchNorm, whose statistics are recomputed."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            torch.manual_seed(0)
-            self.net = nn.Sequential(nn.Linear(4, 31), nn.Tanh(), nn.Linear(31, 6), nn.BatchNorm1d(6), nn.Linear(6, 1))
-            self.validated: list[float] = []
-
+    class Module(strategy_runs.Module):
         def configure_model(self):
             if self.device_mesh is not None and not isinstance(self.net, FSDPModule):
                 for part in (self.net[0], self.net[2], self.net):
                     fully_shard(part, mesh=self.device_mesh["data_parallel"])
-
-        def loss(self, batch):
-            x, y = batch
-            return (self.net(x) - y).square().mean()
-
-        def training_step(self, batch, batch_idx):
-            return self.loss(data(4, 10 + 2 * (batch_idx + 20 * (self.global_step // 8)) + self.global_rank))
-
-        def validation_step(self, batch, batch_idx):
-            value = self.loss(batch)
-            self.log("val_loss", value, sync_dist=True)
-
-        def configure_optimizers(self):
-            return torch.optim.Adam(self.parameters(), lr=0.05)
-
-        def train_dataloader(self):
-            return DataLoader(TensorDataset(*data(64, 1)), batch_size=4)
-
-        def val_dataloader(self):
-            return DataLoader(TensorDataset(*data(16, 2)), batch_size=4)
 
     class ScheduleFree(Module):
         """Switches its optimizer while the model holds what is validated."""
@@ -462,129 +432,25 @@ def lightning(folder: Path) -> dict[str, Any]:
         def on_validation_epoch_start(self):
             self.optimizers().eval()
 
-    class Recorder(pl.Callback):
-        def __init__(self) -> None:
-            self.weights: dict[int, Any] = {}
-            self.history: list[dict[str, float]] = []
-
-        def on_train_start(self, trainer, module):
-            self.weights[trainer.global_step] = gathered(module)
-
-        def on_train_batch_end(self, trainer, module, *_):
-            self.weights[trainer.global_step] = gathered(module)
-
-        def on_validation_end(self, trainer, module):
-            self.history.append({name: float(value) for name, value in trainer.callback_metrics.items()})
-
-    def trainer(*callbacks: Any, **options: Any) -> pl.Trainer:
-        strategy = options.pop("strategy", {})
-        if strategy != "ddp":
-            strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, **strategy)
-        return pl.Trainer(
-            accelerator="cpu", strategy=strategy, devices=2, max_steps=10, default_root_dir=folder, logger=False,
-            val_check_interval=4, enable_progress_bar=False, enable_model_summary=False, callbacks=[*callbacks],
-            **options,
-        )  # fmt: skip
-
-    def run(
-        name: str, *callbacks: Any, kind: type[Module] = Module, resume: Path | None = None, **options: Any
-    ) -> tuple[Module, Recorder, Any]:
-        pl.seed_everything(3)
-        module, recorder = kind(), Recorder()
-        saving = ModelCheckpoint(folder / name, filename="{step}", every_n_train_steps=3, save_top_k=-1)
-        fitting = trainer(
-            recorder, *callbacks, *([saving] if callbacks else []), enable_checkpointing=bool(callbacks), **options
-        )
-        fitting.fit(module, ckpt_path=resume)
-        return module, recorder, fitting
-
-    def kept() -> list[Averager]:
-        return [LAWA(k=3, every=2, memory=folder / "ring"), EMA(0.8)]
+    def strategy(**options: Any) -> dict[str, Any]:
+        strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, **options)
+        return {"accelerator": "cpu", "strategy": strategy}
 
     count_collectives()
-    plain, _, _ = run("plain")
-    straight = kept()
-    module, recorder, _ = run("straight", AveragingCallback(*straight, evaluate="all", batchnorm=3))
-    references = kept()
-    expected = {}
-    for step, weights in recorder.weights.items():
-        for reference in references:
-            reference.update(weights, step)
-            average = reference.average() if reference.absorbed else {}
-            expected[step, reference.name] = {name: tensor.clone() for name, tensor in average.items()}
-    last = {average.name: whole(module, average.average()) for average in straight}
-    results: dict[str, Any] = {
-        "averages": all(same(last[reference.name], reference.average()) for reference in references),
-        "collectives": collectives(),
-        "holds": same(gathered(module), last["lawa"]),
-        "statistics": {name: tensor.clone() for name, tensor in module.net[3].named_buffers()},
-        "history": recorder.history,
-        "at 6": {name: expected[6, name] for name in ("lawa", "ema")},
-        "online at 6": recorder.weights[6],
-        "online": same(gathered(plain), recorder.weights[10]),
-    }
-
-    again = kept()
-    resumed, recorded, _ = run("resumed", AveragingCallback(*again, evaluate="all", batchnorm=3),
-        resume=folder / "straight" / "step=6.ckpt")  # fmt: skip
-    results["resumed"] = [
-        [*recorded.weights] == [6, 7, 8, 9, 10],
-        all(same(weights, recorder.weights[step]) for step, weights in recorded.weights.items()),
-        all(same(one.average(), two.average()) for one, two in zip(straight, again, strict=True)),
-        same(gathered(resumed), gathered(module)),
-    ]
-
-    undisturbed = run("undisturbed", kind=ScheduleFree, limit_val_batches=0)[1].weights
+    runs = strategy_runs.Runs(folder, strategy, module=Module)
+    results = runs.all()
+    undisturbed = runs.run("undisturbed", kind=ScheduleFree, limit_val_batches=0)[1].weights
     switching = AveragingCallback(EMA(0.8), evaluate="both", batchnorm=0)
-    switched = run("switched", switching, kind=ScheduleFree, num_sanity_val_steps=0)[1].weights
+    switched = runs.run("switched", switching, kind=ScheduleFree, num_sanity_val_steps=0)[1].weights
     results["schedule-free"] = [same(weights, undisturbed[step]) for step, weights in switched.items()]
-
-    # A run under DDP goes on under FSDP2, whatever its checkpoints hold; the other way round Lightning does not.
     for held in ("online", "average"):
-        first, again = AveragingCallback(*kept(), checkpoint=held), kept()
-        _, before, _ = run(f"ddp-{held}", first, strategy="ddp", limit_val_batches=0)
-        checkpoint = folder / f"ddp-{held}" / "step=6.ckpt"
-        resumed, after, _ = run("from ddp", AveragingCallback(*again), resume=checkpoint, limit_val_batches=0)
-        references = kept()
-        for reference in references:
-            for step in range(7):
-                reference.update(before.weights[step], step)
-            for step in range(7, 11):
-                reference.update(after.weights[step], step)
-        results[f"from ddp, {held}"] = [
-            [*after.weights] == [6, 7, 8, 9, 10],
-            same(after.weights[6], before.weights[6]),
-            *(same(whole(resumed, a.average()), r.average()) for a, r in zip(again, references, strict=True)),
-            same(after.weights[10], before.weights[10]),
-        ]
-    try:
-        run("to ddp", AveragingCallback(*kept()), resume=folder / "straight" / "step=6.ckpt", strategy="ddp")
-    except ValueError as error:
-        results["to ddp"] = str(error)
-
-    measuring = trainer(AveragingCallback(*kept()), enable_checkpointing=False)
-    other = Module()
-    results["validated"] = measuring.validate(other, ckpt_path=folder / "straight" / "step=6.ckpt", verbose=False)
-    results["holds what was measured"] = same(gathered(other), results["at 6"]["lawa"])
-
-    reset, reference = ElasticReset(4, 0.8), ElasticReset(4, 0.8)
-    trail = Trajectory(folder / "trail", every=4)
-    # The recorder sees the weights before others are written in their place, and so does the trail.
-    _, recorder, _ = run("reset", AveragingCallback(trail, reset))
-    reference.update(recorder.weights[0], 0)
-    results["at 8"] = recorder.weights[8]
-    resets = {step: reference.update(weights, step) for step, weights in recorder.weights.items() if step}
-    results["reset"] = [step for step, weights in resets.items() if weights is not None]
-    results["reset right"] = same(whole(module, reset.average()), reference.average())
-
-    for name, callback, options in (
-        ("whole files", AveragingCallback(EMA(0.8)), {"strategy": {"save_distributed_checkpoint": False}}),
-        ("the average", AveragingCallback(EMA(0.8), checkpoint="average"), {}),
-    ):
-        try:
-            trainer(callback, enable_checkpointing=False, **options).fit(Module())
-        except ValueError as error:
-            results[name] = str(error)
+        results[f"from ddp, {held}"] = runs.from_ddp(held)
+    results["to ddp"] = runs.refused(
+        AveragingCallback(*runs.kept()), folder / "straight" / "step=6.ckpt", **strategy_runs.DDP
+    )
+    average = AveragingCallback(EMA(0.8))
+    results["whole files"] = runs.refused(average, **strategy(save_distributed_checkpoint=False))
+    results["the average"] = runs.refused(AveragingCallback(EMA(0.8), checkpoint="average"))
     return results
 
 

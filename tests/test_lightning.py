@@ -288,13 +288,6 @@ def test_two_averages_of_one_name_are_an_error(together: bool, tmp_path: Path) -
         )
 
 
-@pytest.mark.parametrize("engine", ["FSDPStrategy", "DeepSpeedStrategy"])
-def test_strategies_under_which_averages_would_be_wrong_or_lost_are_refused(engine: str, tmp_path: Path) -> None:
-    strategy = type(engine, (SingleDeviceStrategy,), {})("cpu")
-    with pytest.raises(ValueError, match=rf"under Lightning's {engine}.*not supported, as.*use ModelParallelStrategy"):
-        fit(tmp_path, EMA(0.9), strategy=strategy)
-
-
 # ---------------------------------------------------------------------- the average
 
 

@@ -16,6 +16,7 @@ from shard_runs import Net, averagers, same
 from torch import nn
 
 from averaging import EMA, LAWA, latest_complete, load_into
+from averaging.checkpoints.checkpoint import Checkpoint
 from averaging.completeness import flaw
 
 ENGINES = ["FSDP2", "FSDP2, bf16 weights", "FSDP2, bf16 policy", "FSDP2, gathered after forward", "tensor parallel"]
@@ -229,26 +230,30 @@ def fitted(tmp_path_factory):
     return once_on_ranks(2, "shard_runs:lightning", tmp_path_factory.getbasetemp())
 
 
-def test_lightning_averages_evaluates_and_trains_on(fitted):
-    _, ranks = fitted
+def require_fits(ranks):
+    """Averages and evaluations during Lightning's training, and resuming it."""
     for rank in ranks:
         assert rank["averages"]
         assert rank["holds"]  # at the end, the average
+        assert rank["holds it still"]
         assert rank["online"]  # what a run without averages trains
+        assert rank["interrupted"]  # holds it, too
         assert rank["history"][-1].keys() == {"val_loss", "online_val_loss", "ema_val_loss"}
         assert rank["collectives"] == (0, 1)
+        assert rank["resumed"] == [True] * 4
+        assert rank["reset"] == [4, 8]
+        assert rank["reset right"]
     assert ranks[0]["history"] == ranks[1]["history"]
     assert same(ranks[0]["statistics"], ranks[1]["statistics"])
+
+
+def test_lightning_averages_evaluates_and_trains_on(fitted):
+    require_fits(fitted[1])
 
 
 def test_lightning_trains_on_with_a_schedule_free_optimizer(fitted):
     _, ranks = fitted
     assert [rank["schedule-free"] for rank in ranks] == [[True] * 11] * 2
-
-
-def test_lightning_resumes_exactly(fitted):
-    _, ranks = fitted
-    assert [rank["resumed"] for rank in ranks] == [[True] * 4] * 2
 
 
 @pytest.mark.parametrize("held", ["online", "average"])
@@ -261,28 +266,26 @@ def test_under_ddp_averages_of_fsdp2_are_read_and_lightning_says_that_the_run_ca
     folder, ranks = fitted
     checkpoint = folder / "straight" / "step=6.ckpt"
     for rank in ranks:
-        assert "under ModelParallelStrategy, and Lightning loads it under no other" in rank["to ddp"]
+        assert "and Lightning loads it under no other" in rank["to ddp"]
         assert 'load_average("' in rank["to ddp"]
     (states,) = (path for path in checkpoint.glob("averaging-*") if path.is_dir())
     for average in (LAWA(k=3, every=2), EMA(0.8)):
         assert same(average.load(states / average.name).average(), ranks[0]["at 6"][average.name])
 
 
-def test_lightning_checkpoints_are_sealed(fitted):
-    folder, *_ = fitted
+def require_checkpoints(folder, ranks):
+    """What Lightning's checkpoints hold, read in a single process."""
+    from averaging.lightning import load_average
+
     assert {path.name: flaw(path) for path in (folder / "straight").glob("*.ckpt")} == {
         "step=3.ckpt": None, "step=6.ckpt": None, "step=9.ckpt": None,
     }  # fmt: skip
     assert latest_complete(folder / "straight") == folder / "straight" / "step=9.ckpt"
+    assert flaw(folder / "ended.ckpt") is None
 
-
-def test_lightning_checkpoints_hold_the_averages(fitted):
-    from averaging.lightning import load_average
-
-    folder, (first, second) = fitted
     checkpoint = folder / "straight" / "step=6.ckpt"
     net = nn.Sequential(nn.Linear(4, 31), nn.Tanh(), nn.Linear(31, 6), nn.BatchNorm1d(6), nn.Linear(6, 1)).eval()
-    for name, expected in {**first["at 6"], "online": first["online at 6"]}.items():
+    for name, expected in {**ranks[0]["at 6"], "online": ranks[0]["online at 6"]}.items():
         stored = load_average(checkpoint, name)
         assert same({key: stored[key] for key in expected}, expected), name
         net.load_state_dict({key.removeprefix("net."): tensor for key, tensor in stored.items()})
@@ -290,19 +293,25 @@ def test_lightning_checkpoints_hold_the_averages(fitted):
     net.load_state_dict({key.removeprefix("net."): tensor for key, tensor in load_average(checkpoint).items()})
     x, y = data(16, 2)
     loss = (net(x) - y).square().mean().item()
-    for rank in (first, second):
+    for rank in ranks:
         assert rank["validated"][0]["val_loss"] == pytest.approx(loss, rel=1e-5)
         assert rank["holds what was measured"]
     with pytest.raises(ValueError, match="no average 'swa', only"):
         load_average(checkpoint, "swa")
 
+    # After training, with the weights that were trained; or only what the model holds then.
+    for name, expected in {**ranks[0]["at 10"], "online": ranks[0]["online at 10"]}.items():
+        stored = load_average(folder / "ended.ckpt", name)
+        assert same({key: stored[key] for key in expected}, expected), name
+    weights = Checkpoint(folder / "weights.ckpt")
+    assert same({key: weights[key] for key in expected}, ranks[0]["at 10"]["lawa"])
 
-def test_lightning_resets_elastically_and_stores_snapshots(fitted):
-    folder, ranks = fitted
     assert same(load_file(folder / "trail" / "step-000000008.safetensors"), ranks[0]["at 8"])
-    for rank in ranks:
-        assert rank["reset"] == [4, 8]
-        assert rank["reset right"]
+    assert not [*folder.rglob(".averaging-*")]
+
+
+def test_lightning_checkpoints_hold_the_averages(fitted):
+    require_checkpoints(*fitted)
 
 
 def test_lightning_refuses_what_cannot_be_kept(fitted):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import importlib
 import logging
 import os
 import warnings
@@ -16,7 +17,6 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 warnings.filterwarnings("ignore", "torch.distributed.*is deprecated", FutureWarning)
 
 import deepspeed
-import deepspeed.comm.torch
 import torch
 from ddp_runs import collectives, count_collectives
 from deepspeed.utils import safe_get_full_fp32_param
@@ -51,10 +51,15 @@ ENGINES: dict[str, tuple[int, bool, dict[str, Any]]] = {
 }
 
 
-def start() -> None:
-    deepspeed.comm.torch.build_shm_op = lambda: None  # compiling it takes longer than all the rest
+def prepare() -> None:
+    # Compiling it takes longer than all the rest. (deepspeed.comm.torch is torch itself.)
+    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
     logging.disable(logging.WARNING)
     gc.freeze()  # DeepSpeed collects garbage at every turn
+
+
+def start() -> None:
+    prepare()
     deepspeed.init_distributed("gloo")
 
 
