@@ -174,7 +174,7 @@ def statistics(
 def _collecting(model: nn.Module, layers: Collection[Any]) -> Iterator[None]:
     """Within the block the ``layers`` collect cumulative means in new buffers, and nothing else is in training mode."""
     modes = [(part, part.training) for part in model.modules()]
-    owned = [(layer, layer.momentum, layer._parameters.copy(), layer._buffers.copy()) for layer in layers]
+    owned = [(layer, layer.momentum, dict(layer._parameters), dict(layer._buffers)) for layer in layers]
     try:
         for part, _ in modes:
             part.training = False

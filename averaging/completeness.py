@@ -259,7 +259,9 @@ def content_of(file: Path) -> dict[str, Any]:
         ValueError: the file is damaged, or no such checkpoint.
         OSError: it cannot be read.
     """
-    file = file / "meta.pt" if file.is_dir() else file
+    if file.is_dir():
+        names = ("meta.pt", *(f"checkpoint/{prefix}mp_rank_00_model_states.pt" for prefix in ("", "zero_pp_rank_0_")))
+        file = next((file / name for name in names if (file / name).exists()), file / names[0])
     try:
         with zipfile.ZipFile(file) as archive:
             name = next(name for name in archive.namelist() if name.endswith("data.pkl"))

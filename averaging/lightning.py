@@ -29,7 +29,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
-from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
@@ -82,6 +82,8 @@ KEY = "averaging"
 AVERAGE = "average"
 """The folder beside an average's state in a distributed checkpoint that holds the average itself."""
 
+_WRAPPING = (FSDPStrategy, DeepSpeedStrategy)
+
 
 class AveragingCallback(CallbackCore, Callback):
     """Keeps averages of the weights during Lightning's ``Trainer.fit``.
@@ -99,9 +101,9 @@ class AveragingCallback(CallbackCore, Callback):
       average for ``ema_val_loss``. From other checkpoints they take the average. With ``save_weights_only=True`` a
       checkpoint holds only these weights if a metric of an average other than the first, or of the online weights,
       chose it, and otherwise those that ``checkpoint=`` names.
-    - Under ``ModelParallelStrategy`` (FSDP2, tensor parallelism) and ``FSDPStrategy`` (FSDP1) the averages are those of
-      each process's shards, and lie in a folder inside the checkpoint, to which every process writes its part; beside
-      the single file of ``FSDPStrategy(state_dict_type="full")``.
+    - Under ``ModelParallelStrategy`` (FSDP2, tensor parallelism), ``FSDPStrategy`` (FSDP1) and ``DeepSpeedStrategy``
+      (ZeRO) the averages are those of each process's shards, and lie in a folder inside the checkpoint, to which every
+      process writes its part; beside the single file of ``FSDPStrategy(state_dict_type="full")``.
     - When training ends (at ``on_fit_end``) the model holds the average. The online weights are in the last
       checkpoint, and calling ``fit`` again with the same trainer continues from them (with new optimizers, as
       Lightning makes them; resume from the checkpoint to keep their state).
@@ -217,12 +219,6 @@ class AveragingCallback(CallbackCore, Callback):
 
     def _refuse_engines(self, trainer: Any) -> None:
         """Raise where the averages could not be kept, evaluated, saved or resumed."""
-        if type(trainer.strategy).__name__ == "DeepSpeedStrategy":
-            raise ValueError(
-                "averages under Lightning's DeepSpeedStrategy are not supported, as only the first process's part of "
-                'them would be in its checkpoints: use ModelParallelStrategy (FSDP2) or strategy="ddp", transformers\' '
-                "Trainer with DeepSpeed, or average the saved checkpoints afterwards with `soup`"
-            )
         if not _saves_together(trainer):
             return
         strategy = trainer.strategy
@@ -491,9 +487,9 @@ class _CheckpointIO(TorchCheckpointIO):
     def load_checkpoint(self, path: str | Path, *args: Any, **options: Any) -> dict[str, Any]:
         if os.path.isdir(path):
             raise ValueError(
-                f"{path}: its processes wrote this checkpoint together under ModelParallelStrategy or FSDPStrategy, "
-                "and Lightning loads it under no other: resume with that strategy, or begin a new run with its "
-                "weights, "
+                f"{path}: its processes wrote this checkpoint together under ModelParallelStrategy, FSDPStrategy or "
+                "DeepSpeedStrategy, and Lightning loads it under no other: resume with that strategy, or begin a new "
+                "run with its weights, "
                 f'module.load_state_dict(load_average("{path}", "{ONLINE}")). Without "{ONLINE}" they are the average'
             )
         try:
@@ -526,14 +522,14 @@ def _fresh(folder: Path) -> Iterator[None]:
 
 
 def _model(trainer: Any) -> nn.Module:
-    """What is averaged: FSDP1 knows more than the module that it has wrapped."""
-    model: nn.Module = trainer.model if isinstance(trainer.strategy, FSDPStrategy) else trainer.lightning_module
+    """What is averaged: FSDP1 and DeepSpeed know more than the module that they have wrapped."""
+    model: nn.Module = trainer.model if isinstance(trainer.strategy, _WRAPPING) else trainer.lightning_module
     return model
 
 
 def _saves_together(trainer: Any) -> bool:
     """Whether all processes write the averages of a checkpoint together, as each has a part of them."""
-    return isinstance(trainer.strategy, FSDPStrategy) or is_sharded(trainer.lightning_module)
+    return isinstance(trainer.strategy, _WRAPPING) or is_sharded(trainer.lightning_module)
 
 
 def _saves_file(strategy: Any) -> bool:
@@ -700,7 +696,7 @@ def _training_step(trainer: Any, model: nn.Module, batch: Any) -> None:
     batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
     batch = call._call_strategy_hook(trainer, "batch_to_device", batch, dataloader_idx=0)
     arguments = trainer.fit_loop.epoch_loop._build_kwargs({}, batch, 0)
-    if isinstance(trainer.strategy, FSDPStrategy):
+    if isinstance(trainer.strategy, _WRAPPING):
         trainer.strategy.training_step(*arguments.values())
         return
     with trainer.precision_plugin.train_step_context():

@@ -22,7 +22,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch.utils.data import DataLoader
 
 import averaging
@@ -781,11 +780,3 @@ def test_averagers_observe_every_validation_before_the_checkpoint(tmp_path: Path
         assert [step for step, _ in averager.heard] == [4, 8, 12]
         for (_, heard), measured in zip(averager.heard, recorder.measured, strict=True):
             assert {name: heard[name] for name in ("val_loss", "online_val_loss")} == measured
-
-
-def test_deepspeed_is_refused(tmp_path: Path) -> None:
-    class DeepSpeedStrategy(SingleDeviceStrategy):  # the real one wants GPUs
-        pass
-
-    with pytest.raises(ValueError, match=r"Lightning's DeepSpeedStrategy are not supported.*ModelParallelStrategy"):
-        fit(tmp_path, EMA(0.9), strategy=DeepSpeedStrategy(torch.device("cpu")))

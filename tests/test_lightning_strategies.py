@@ -1,4 +1,4 @@
-"""Averages under Lightning's FSDPStrategy, which runs on CPUs here."""
+"""Averages under Lightning's FSDPStrategy and DeepSpeedStrategy, which run on CPUs here."""
 
 from __future__ import annotations
 
@@ -12,11 +12,18 @@ from averaging import EMA, LAWA
 pytest.importorskip("lightning.pytorch")
 
 FSDP = ["full", "sharded"]
+ZERO = ["ZeRO-2", "ZeRO-3"]
 
 
 @pytest.fixture(scope="module")
 def fsdp(tmp_path_factory):
     return once_on_ranks(2, "strategy_runs:fsdp", tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture(scope="module")
+def deepspeed(tmp_path_factory):
+    pytest.importorskip("deepspeed")
+    return once_on_ranks(2, "strategy_runs:deepspeed", tmp_path_factory.getbasetemp())
 
 
 @pytest.mark.parametrize("kind", FSDP)
@@ -58,3 +65,19 @@ def test_fsdp_refuses_what_cannot_be_kept(kind, fsdp):
         assert 'checkpoint="average" is not supported under FSDPStrategy' in rank[kind]["the average"]
         assert 'use strategy="ddp"' in rank[kind]["not sharded"]
         assert ("beside the file" in rank[kind]["another IO"]) is (kind == "full")
+
+
+@pytest.mark.parametrize("stage", ZERO)
+def test_deepspeed_averages_evaluates_and_resumes(stage, deepspeed):
+    require_fits([rank[stage] for rank in deepspeed[1]])
+
+
+@pytest.mark.parametrize("stage", ZERO)
+def test_deepspeed_checkpoints_hold_the_averages(stage, deepspeed):
+    folder, ranks = deepspeed
+    require_checkpoints(folder / stage, [rank[stage] for rank in ranks])
+
+
+def test_deepspeed_refuses_what_cannot_be_kept(deepspeed):
+    for rank in deepspeed[1]:
+        assert 'checkpoint="average" is not supported under DeepSpeedStrategy' in rank["ZeRO-2"]["the average"]

@@ -293,7 +293,7 @@ def require_checkpoints(folder, ranks):
     net.load_state_dict({key.removeprefix("net."): tensor for key, tensor in load_average(checkpoint).items()})
     x, y = data(16, 2)
     loss = (net(x) - y).square().mean().item()
-    for rank in ranks:
+    for rank in (rank for rank in ranks if "validated" in rank):
         assert rank["validated"][0]["val_loss"] == pytest.approx(loss, rel=1e-5)
         assert rank["holds what was measured"]
     with pytest.raises(ValueError, match="no average 'swa', only"):
