@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from averaging.apply import load_into
 from averaging.randomness import random_state
-from averaging.shards import is_flat, is_sharded
-from averaging.weights import every_name, named_weights, unwrap
+from averaging.shards import is_sharded, local
+from averaging.weights import Binding, Weights, every_tensor, unwrap
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -38,6 +38,10 @@ class Reference:
     the reference (``policy.set_adapter("ref")``, or TRL's ``use_adapter``). It is added as a copy of the active adapter
     if it is not there. No second copy of the base model is held.
 
+    Beside a sharded policy, a reference that is sharded alike is written without communication: under FSDP2, and under
+    DeepSpeed ZeRO-3 as an engine without an optimizer. For any other, such as a whole model beside a policy under
+    ZeRO-1 or ZeRO-2, the average is gathered whenever the reference moves, by all processes together.
+
     `averaging.transformers.EMAAnchor` does all this for TRL's trainers. To resume, restore the averager's state, begin
     again, and call `write`.
 
@@ -48,26 +52,22 @@ class Reference:
 
     Raises:
         ValueError: no reference is possible: ``reference`` is the policy or another kind of model, or it is None and
-            the policy is no PEFT model with one active adapter that holds all that is trained; or DeepSpeed ZeRO.
+            the policy is no PEFT model with one active adapter that holds all that is trained; or an engine of which
+            nothing can be averaged.
     """
 
     def __init__(self, averager: Averager, policy: nn.Module, reference: nn.Module | None = None) -> None:
         self.averager = averager
         self.policy = policy
         self.model = policy if reference is None else reference
-        if any(is_flat(parameter) for parameter in (*policy.parameters(), *self.model.parameters())):
-            raise ValueError(
-                "under DeepSpeed ZeRO each process trains slices of the weights, which a reference does not have: use "
-                "FSDP2 (fully_shard) for both models, or DDP"
-            )
-        trained = named_weights(policy, frozen=averager.frozen, buffers=averager.buffers)
+        trained = Binding(policy, frozen=averager.frozen, buffers=averager.buffers).tensors
         if reference is None:
             self._names = _adapter_names(unwrap(policy), trained)
         elif unwrap(reference) is unwrap(policy):
             raise ValueError("the reference is the policy itself: give a copy of it")
         else:
             self._names = {name: name for name in trained}
-        targets = dict(every_name(self.model))
+        targets = dict(every_tensor(self.model))
         for name, counterpart in self._names.items():
             if counterpart not in targets or targets[counterpart].shape != trained[name].shape:
                 raise ValueError(
@@ -75,13 +75,32 @@ class Reference:
                     "reference: give a reference model with the policy's own weights (for a PEFT policy none at all: "
                     "an adapter of it will be the reference)"
                 )
-        own = {name: targets[counterpart].detach() for name, counterpart in self._names.items()}
+        self._pairs = {name: (trained[name], targets[counterpart]) for name, counterpart in self._names.items()}
+        self._apart: set[str] = set()  # of which this process holds other parts of the reference than of the policy
+        if is_sharded(policy) or is_sharded(self.model):
+            from averaging.shard_files import alike
+
+            self._apart = {
+                name for name, same in zip(self._pairs, alike(self._pairs.values()), strict=True) if not same
+            }
         if not averager.absorbed:
+            begun = {
+                name: self._relaid(name, local(target).detach(), target, own)
+                for name, (own, target) in self._pairs.items()
+            }
             averager.update(
-                {name: tensor.to(trained[name].device, trained[name].dtype) for name, tensor in own.items()},
+                {name: part.to((own := local(trained[name])).device, own.dtype) for name, part in begun.items()},
                 averager.step,
                 epoch=averager.epoch,
             )
+        averager.bind(policy)  # so that it knows of what its tensors are parts
+
+    def _relaid(self, name: str, part: Tensor, like: Tensor, other: Tensor) -> Tensor:
+        if name not in self._apart:
+            return part
+        from averaging.shard_files import relaid
+
+        return relaid(part, like, other)
 
     def update(self, step: int | None = None, *, epoch: float | None = None) -> None:
         """Offer the policy's weights after an optimizer step, and move the reference when they are absorbed.
@@ -96,11 +115,14 @@ class Reference:
     def write(self) -> None:
         """Copy the average into the reference, if there is one yet."""
         if self.averager.ready:
-            average = self.averager.average()
-            load_into(self.model, {self._names[name]: tensor for name, tensor in average.items()})
+            moved = {
+                self._names[name]: self._relaid(name, part, *self._pairs[name])
+                for name, part in self.averager.average().items()
+            }
+            load_into(self.model, moved)
 
 
-def _adapter_names(policy: nn.Module, trained: dict[str, Tensor]) -> dict[str, str]:
+def _adapter_names(policy: nn.Module, trained: Weights) -> dict[str, str]:
     """Names of the trained weights → those in the reference adapter, which is added to ``policy`` if need be."""
     peft: Any = sys.modules.get("peft")
     if peft is None or not isinstance(policy, peft.PeftModel):

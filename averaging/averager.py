@@ -19,7 +19,7 @@ from averaging import kernels
 from averaging.atomic import replacing
 from averaging.memory import SnapshotFile, WrittenFile, save_weights
 from averaging.schedule import Length, Run, Schedule, Span
-from averaging.shards import is_shard, local, process
+from averaging.shards import is_shard, local, process, steps
 from averaging.text import place, size
 from averaging.weights import Binding, Weights
 
@@ -270,8 +270,8 @@ class Averager(ABC):
 
         Args:
             model: the model, wrapped or not; or name → tensor.
-            step: optimizer steps done so far; one more than at the last call by default. Offering a step twice
-                is harmless.
+            step: optimizer steps done so far; by default one more than at the last call, or what DeepSpeed's engine
+                has counted, without those that it skipped. Offering a step twice is harmless.
             epoch: epochs done so far, such as 1.5; needed when ``every`` or ``start`` is in epochs.
 
         Returns:
@@ -282,7 +282,8 @@ class Averager(ABC):
             ValueError: a step before the last one, a setting that cannot be resolved, or weights whose names,
                 shapes or dtypes are not those absorbed before.
         """
-        step = self.step + 1 if step is None else step
+        if step is None:
+            step = self.step + 1 if (counted := steps(model)) is None else counted
         if step < self.step:
             raise ValueError(
                 f"step {step} was offered after step {self.step}: reset() the averager for a new run, "

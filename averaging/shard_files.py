@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -101,6 +101,25 @@ def agreed(decision: bool) -> bool:
     shared = [decision]
     _from_the_first(shared)
     return shared[0]
+
+
+def alike(pairs: Iterable[tuple[Tensor, Tensor]]) -> list[bool]:
+    """Of each pair of tensors of one shape, whether each process holds the same part of both; all call this."""
+    mine = [_layout(one) == _layout(other) for one, other in pairs]
+    return [all(answers) for answers in zip(*_from_all(mine), strict=True)]
+
+
+def _layout(tensor: Any) -> Any:
+    return tuple(getattr(tensor, kind, None) for kind in ("device_mesh", "placements", "offset")), local(tensor).shape
+
+
+def relaid(part: Tensor, like: Tensor, other: Tensor) -> Tensor:
+    """What this process holds of a tensor laid out as ``other``; of one laid out as ``like`` that is ``part``.
+
+    All processes call this: the tensor is gathered.
+    """
+    whole = _gathered(part, like if is_shard(like) else None)
+    return _cut(whole, other) if is_shard(other) else whole
 
 
 def save_parts(weights: Weights, shards: Weights, folder: Path) -> None:

@@ -53,6 +53,13 @@ def slices(model: nn.Module) -> dict[int, Tensor | Mapping[str, Tensor]]:
     return {id(parameter): flat for engine in engines for parameter, flat in engine.slices(model)}
 
 
+def steps(model: object) -> int | None:
+    """How many optimizer steps ``model`` itself has counted, as DeepSpeed's engine does; None for any other."""
+    zero = _zero()
+    count: int | None = None if zero is None else zero.steps(model)
+    return count
+
+
 def _zero() -> Any:
     """What is special about DeepSpeed ZeRO, if DeepSpeed was imported."""
     if "deepspeed" not in sys.modules:

@@ -285,8 +285,8 @@ class AnchorCallback(TrainerCallback):
     Raises:
         TypeError: something that is not an averager.
         ValueError: when training begins, where an anchor could not work: no reference (no such trainer, or β = 0),
-            reference log-probabilities computed beforehand, another callback that moves the reference, DeepSpeed or
-            FSDP, and what `averaging.Reference` refuses.
+            reference log-probabilities computed beforehand, another callback that moves the reference, FSDP, and what
+            `averaging.Reference` refuses.
     """
 
     reference: Reference | None = None
@@ -312,12 +312,12 @@ class AnchorCallback(TrainerCallback):
         _Resuming.guard(trainer, checkpoint)
         if (problem := self._problem(trainer)) is not None:
             raise ValueError(f"{type(self).__name__} cannot work here: {problem}")
-        averager = self.averager
+        averager, policy = self.averager, trainer.deepspeed or trainer.model
         averager.reset(state.global_step, state.epoch or 0.0)
         averager.prepare(state.max_steps, _steps_per_epoch(args, kwargs.get("train_dataloader")))
         if checkpoint:
             try:
-                averager.load(checkpoint / averager.name)
+                averager.load(checkpoint / averager.name, if_sharded(policy))
             except FileNotFoundError as error:
                 raise FileNotFoundError(
                     f"{checkpoint} holds no state of {averager.name!r} ({error}), so training cannot resume exactly: "
@@ -325,9 +325,11 @@ class AnchorCallback(TrainerCallback):
                 ) from error
         if state.is_world_process_zero:
             announce([averager], trainer.model)
-        self.reference = Reference(averager, trainer.model, trainer.ref_model)
+        self.reference = Reference(averager, policy, trainer.ref_model)
         self.reference.write()
-        _Sealing.of(trainer).writers.append(lambda folder: averager.save(folder / averager.name))
+        sealing = _Sealing.of(trainer)
+        writers = sealing.writers_of_parts if is_sharded(policy) else sealing.writers
+        writers.append(lambda folder: averager.save(folder / averager.name))
 
     def _problem(self, trainer: Any) -> str | None:
         """Why the trainer's reference cannot follow the policy, if it cannot."""
@@ -340,8 +342,8 @@ class AnchorCallback(TrainerCallback):
                 return "there are two of them: one reference follows one average"
         if self.averager.name in (home(averager) for averager in averagers):
             return f"an average of this run is named {self.averager.name!r}, too: give it another name="
-        if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled or is_sharded(trainer.model):
-            return "DeepSpeed and FSDP are not supported, as their parameters are not whole weights: train with DDP"
+        if trainer.is_fsdp_enabled or (is_sharded(trainer.model) and not trainer.is_deepspeed_enabled):
+            return "FSDP is not supported, as its parameters are not whole weights: train with DDP or DeepSpeed"
         if not hasattr(trainer, "ref_model"):
             return f"{kind} has no reference model. TRL's GRPO, RLOO, DPO and KTO trainers have one"
         if getattr(trainer, "beta", None) == 0:
@@ -373,6 +375,7 @@ class _Sealing:
     def __init__(self, trainer: Any) -> None:
         self.trainer, self.state = trainer, trainer.state
         self.writers: list[Callable[[Path], None]] = []
+        self.writers_of_parts: list[Callable[[Path], None]] = []  # which all processes call
         self._save_to_json, self._save_rng_state = trainer.state.save_to_json, trainer._save_rng_state
         self._checksums: Checksums = {}
         self._mark: str | None = None
@@ -398,6 +401,8 @@ class _Sealing:
 
     def save_rng_state(self, output_dir: str) -> None:
         self._save_rng_state(output_dir)
+        for write in self.writers_of_parts:
+            write(Path(output_dir))
         self.trainer.accelerator.wait_for_everyone()  # each process has written its own file
 
     def save_to_json(self, json_path: str) -> None:

@@ -37,6 +37,10 @@ class _Partitioned(FlatSlice):
         self.shown.copy_(self.to_local())
 
 
+def _is_engine(model: Any) -> bool:
+    return isinstance(model, sys.modules["deepspeed"].DeepSpeedEngine)
+
+
 def holds(parameter: Any) -> bool:
     """Whether DeepSpeed trains a slice of ``parameter`` elsewhere."""
     return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
@@ -48,10 +52,11 @@ def slices(model: nn.Module) -> Iterator[tuple[Tensor, FlatSlice]]:
     Raises:
         ValueError: an engine that keeps them where they cannot be averaged.
     """
-    inner = model.module if isinstance(model, sys.modules["deepspeed"].DeepSpeedEngine) else model
+    in_engine = _is_engine(model)
+    inner: Any = model.module if in_engine else model
     for name, parameter in inner.named_parameters():
         if hasattr(parameter, "ds_id"):
-            yield parameter, _of_stage_3(name, parameter)
+            yield parameter, _of_stage_3(name, parameter, in_engine)
         elif hasattr(parameter, "_hp_mapping"):
             yield parameter, _of_stage_1_or_2(name, parameter)
     refuse_stage_0(model)
@@ -64,8 +69,8 @@ def refuse_stage_0(model: nn.Module) -> None:
         ValueError: what is trained are float32 weights that only the engine's optimizer knows.
     """
     if (
-        isinstance(model, sys.modules["deepspeed"].DeepSpeedEngine)
-        and model.optimizer is not model.basic_optimizer
+        _is_engine(model)
+        and model.basic_optimizer not in (None, model.optimizer)  # one without, such as a reference's, trains nothing
         and not any(holds(parameter) for parameter in model.parameters())
     ):
         raise ValueError(
@@ -87,14 +92,16 @@ def _of_stage_1_or_2(name: str, parameter: Any) -> FlatSlice:
     return flat
 
 
-def _of_stage_3(name: str, parameter: Any) -> FlatSlice:
+def _of_stage_3(name: str, parameter: Any, in_engine: bool) -> FlatSlice:
     _refuse_groups(name, parameter.ds_process_group)
-    optimizer = getattr(parameter, "_z3_optimizer", None)
+    optimizer: Any = getattr(parameter, "_z3_optimizer", None)
     if optimizer is None:
-        raise _refusal(name, "without an optimizer", "pass the model through deepspeed.initialize with one first")
-    if optimizer.swap_optimizer or optimizer.params_in_nvme_and_cpu:
+        # An engine without one, such as a reference model's, has to be asked to forget what it has gathered.
+        if not in_engine:
+            raise _refusal(name, "without an optimizer", "give the engine that deepspeed.initialize returns")
+    elif optimizer.swap_optimizer or optimizer.params_in_nvme_and_cpu:
         raise _refusal(name, "with offloading to NVMe", "offload to the CPU")
-    if optimizer.zero_hpz_partition_size > 1:
+    elif optimizer.zero_hpz_partition_size > 1:
         raise _refusal(name, "with zero_hpz_partition_size, a second copy", "leave that out")
     size = parameter.ds_tensor.ds_numel  # the same in all processes, so that the last ones' are padded
     start = min(distributed.get_rank(parameter.ds_process_group) * size, parameter.ds_numel)
@@ -104,7 +111,7 @@ def _of_stage_3(name: str, parameter: Any) -> FlatSlice:
         part: Tensor = parameter.ds_tensor
         return part.narrow(0, 0, count)
 
-    place = optimizer.grad_position.get(optimizer.get_param_id(parameter))
+    place = None if optimizer is None else optimizer.grad_position.get(optimizer.get_param_id(parameter))
     if place is None:  # frozen: there is no other
         return FlatSlice(low, start, parameter, parameter.ds_shape)
     group, first, _ = place
@@ -120,9 +127,16 @@ def _of_stage_3(name: str, parameter: Any) -> FlatSlice:
 
 def release(model: nn.Module) -> None:
     """Let stage 3 forget what it has gathered, so that what is written to the slices reaches the next forward pass."""
-    optimizers: set[Any] = {getattr(parameter, "_z3_optimizer", None) for parameter in model.parameters()}
-    for optimizer in optimizers - {None}:
-        optimizer.empty_partition_cache()
+    holders: set[Any] = {getattr(parameter, "_z3_optimizer", None) for parameter in model.parameters()}
+    if _is_engine(model) and hasattr(model.optimizer, "empty_partition_cache"):
+        holders.add(model.optimizer)  # of a model that is not trained
+    for holder in holders - {None}:
+        holder.empty_partition_cache()
+
+
+def steps(model: Any) -> int | None:
+    """Optimizer steps that an engine has done, not counting those skipped as gradients had overflowed; else None."""
+    return model.global_steps - model.skipped_steps if _is_engine(model) else None
 
 
 def _refuse_groups(name: str, group: Any) -> None:

@@ -15,7 +15,18 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, ShardingStrategy
 from torch.nn.parallel import DistributedDataParallel
 
-from averaging import EMA, ElasticReset, EMAAnchor, Reference, Trajectory, applied, load_into, named_weights, save_whole
+from averaging import (
+    EMA,
+    ElasticReset,
+    EMAAnchor,
+    PostHocEMA,
+    Reference,
+    Trajectory,
+    applied,
+    load_into,
+    named_weights,
+    save_whole,
+)
 from averaging.averager import Averager
 
 BETWEEN = ("FULL_SHARD", "SHARD_GRAD_OP", "one parameter")
@@ -162,7 +173,8 @@ def files(folder: Path) -> dict[str, Any]:
             saved["optimizer"] = copy.deepcopy(optimizer.state_dict())
             save_whole(net, folder / "whole.safetensors", kept[1])
 
-    straight = train(net, [*kept, Trajectory(folder / "trail", every=2)], look, optimizer=optimizer)
+    trails = [Trajectory(folder / "trail", every=2), PostHocEMA(folder / "tracks", snapshots=2)]
+    straight = train(net, [*kept, *trails], look, optimizer=optimizer)
     results: dict[str, Any] = {"saved": saved["averages"]}
 
     # Everything anew, from the files.

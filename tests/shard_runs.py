@@ -22,6 +22,7 @@ from averaging import (
     EMA,
     LAWA,
     SWA,
+    SWAD,
     ElasticReset,
     EMAAnchor,
     PostHocEMA,
@@ -120,6 +121,15 @@ def same(one: Any, other: Any) -> bool:
     )
 
 
+class Watched(SWAD):
+    """Of a loss that is least at step 2: its average begins there, and ends after step 6."""
+
+    def update(self, model: Any, step: int | None = None, *, epoch: float | None = None) -> None:
+        super().update(model, step, epoch=epoch)
+        assert step is not None
+        self.observe({"val_loss": 1 + abs(step - 2) / 20}, step)
+
+
 def averagers(folder: Path) -> list[Averager]:
     return [
         LAWA(k=3, every=2, name="lawa-device", memory="device"),
@@ -129,7 +139,43 @@ def averagers(folder: Path) -> list[Averager]:
         EMA(0.8, compensated=True, name="ema-wide"),
         SWA(start=0, every=1),
         BEMA(every=2),
+        Watched(2, 3, tolerance=1.05, name="swad"),
     ]
+
+
+def further(folder: Path, suffix: str = "") -> list[Averager]:
+    """Of one run in a trainer: each sees what those before it have written back."""
+    return [
+        Trajectory(folder / f"trail{suffix}", every=4),
+        PostHocEMA(folder / f"tracks{suffix}", snapshots=4),
+        SWA(start=2, every=1),
+        BEMA(every=2),
+        SWAD(1),
+        ElasticReset(4, 0.8, moments="reset"),
+        EMA(0.8, switch=3, name="switch"),
+    ]
+
+
+def beside_the_recorded(
+    kept: list[Averager],
+    folder: Path,
+    before: dict[int, Any],
+    after: dict[int, Any],
+    losses: dict[int, float],
+    put_together: Callable[[Any], dict[str, torch.Tensor]],
+) -> dict[str, bool]:
+    """Whether the `further` averages, and the weights ``after`` each step, are what those ``before`` it give."""
+    references, right = further(folder, "-expected"), {}
+    for step, weights in before.items():
+        for reference in references:
+            weights = reference.update(weights, step) or weights
+        right[f"after step {step}"] = same(after[step], weights)
+        for reference in references if step in losses else ():
+            reference.observe({"val_loss": losses[step]}, step)
+    for average, reference in zip(kept, references, strict=True):
+        if average.views():
+            right[average.name] = same(put_together(average.average()), reference.average())
+    return right
 
 
 def train(
@@ -445,6 +491,11 @@ def lightning(folder: Path) -> dict[str, Any]:
     results["schedule-free"] = [same(weights, undisturbed[step]) for step, weights in switched.items()]
     for held in ("online", "average"):
         results[f"from ddp, {held}"] = runs.from_ddp(held)
+    more, after = further(folder / "further"), strategy_runs.Recorder(gathered)
+    model, before, _ = runs.run("others", AveragingCallback(*more, evaluate="online"), after)
+    results["further"] = beside_the_recorded(
+        more, folder / "further", before.weights, after.weights, before.losses, lambda average: whole(model, average)
+    )
     results["to ddp"] = runs.refused(
         AveragingCallback(*runs.kept()), folder / "straight" / "step=6.ckpt", **strategy_runs.DDP
     )
@@ -535,14 +586,13 @@ def transformers(folder: Path) -> dict[str, Any]:
     state = [average.load(folder / "straight" / "checkpoint-6" / average.name, model) for average in kept()]
     results["state"] = [same(whole(model, average.average()), expected[6, average.name]) for average in state]
 
-    reset, reference = ElasticReset(4, 0.8), ElasticReset(4, 0.8)
-    reference.update(gathered(LlamaForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)), 0)
-    trail = Trajectory(folder / "trail", every=4)
-    _, recorder, _ = run("reset", AveragingCallback(trail, reset), save_strategy="no")
-    results["at 8"] = recorder.weights[8]
-    resets = {step: reference.update(weights, step) for step, weights in recorder.weights.items()}
-    results["reset"] = [step for step, weights in resets.items() if weights is not None]
-    results["reset right"] = same(whole(model, reset.average()), reference.average())
+    more, after = further(folder), Recorder()
+    model, before, trainer = run("further", AveragingCallback(*more, evaluate="online"), after, save_strategy="no")
+    start = {0: gathered(LlamaForCausalLM.from_pretrained(folder / "model", dtype=torch.float32))}
+    losses = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
+    results["further"] = beside_the_recorded(
+        more, folder, start | before.weights, start | after.weights, losses, lambda average: whole(model, average)
+    )
 
     for name, callback, options in (
         ("best", AveragingCallback(EMA(0.8)), {"load_best_model_at_end": True, "save_steps": 2}),

@@ -80,6 +80,7 @@ class Recorder(pl.Callback):
         self.gathered = gathered
         self.weights: dict[int, Any] = {}
         self.history: list[dict[str, float]] = []
+        self.losses: dict[int, float] = {}
 
     def on_train_start(self, trainer, module):
         self.weights[trainer.global_step] = self.gathered(trained(trainer))
@@ -89,6 +90,8 @@ class Recorder(pl.Callback):
 
     def on_validation_end(self, trainer, module):
         self.history.append({name: float(value) for name, value in trainer.callback_metrics.items()})
+        if not trainer.sanity_checking:
+            self.losses[trainer.global_step] = self.history[-1]["val_loss"]
 
 
 class Runs:

@@ -7,7 +7,7 @@ import torch
 from ranks import once_on_ranks
 from safetensors.torch import load_file
 from shard_runs import Net, averagers, same
-from test_shards import require_snapshots
+from test_shards import require_further, require_snapshots
 
 from averaging import load_into
 from averaging.checkpoints import Checkpoint
@@ -22,6 +22,8 @@ OPTIMIZERS = {
     "ZeRO-2, bf16": "DeepSpeedZeroOptimizer",
     "ZeRO-3, fp32": "DeepSpeedZeroOptimizer_Stage3",
     "ZeRO-3, bf16": "DeepSpeedZeroOptimizer_Stage3",
+    "ZeRO-2, bf16, offloaded": "DeepSpeedZeroOptimizer",
+    "ZeRO-3, bf16, offloaded": "DeepSpeedZeroOptimizer_Stage3",
 }
 
 
@@ -44,7 +46,7 @@ def test_the_average_of_the_parts_is_the_part_of_the_average(engine, core):
     for rank in core:
         result = rank["engines"][engine]
         assert result["optimizer"] == OPTIMIZERS[engine]
-        assert len(result["right"]) == 14
+        assert len(result["right"]) == 16
         assert all(result["right"].values()), result["right"]
         assert result["names"] == TRAINED
 
@@ -84,16 +86,27 @@ def test_updates_communicate_nothing(core):
     assert [rank["collectives"] for rank in core] == [(0, 1), (0, 1)]
 
 
+def test_references_follow_whole_or_sharded(core):
+    for rank in core:
+        assert rank["references"] == dict.fromkeys(
+            ["ZeRO-1, bf16", "ZeRO-2, bf16", "ZeRO-3, bf16", "ZeRO-3, fp32", "ZeRO-2, fp32"], [True] * 12
+        )
+
+
+def test_steps_are_those_the_engine_has_made(core):
+    for rank in core:
+        assert rank["counted"] == {1: [1, 5, True], 2: [1, 5, True]}
+
+
 def test_what_cannot_be_averaged_is_refused(core):
     for rank in core:
         assert rank["stage 0"] == [[6, 8], [31, 8], [8, 31], [8], [1, 8], [1]]  # in float32 it is as without DeepSpeed
         assert "set the zero_optimization stage to 1, 2 or 3" in rank["16 bits"]
-        assert "'tokens.weight' is held by DeepSpeed ZeRO without an optimizer" in rank["no optimizer"]
+        assert "without an optimizer, which is not supported: give the engine" in rank["no optimizer"]
         assert "with offloading to NVMe, which is not supported: offload to the CPU" in rank["swap_optimizer"]
         assert "zero_hpz_partition_size" in rank["zero_hpz_partition_size"]
         assert "'outer.weight' is held by DeepSpeed ZeRO in some of the processes only" in rank["ds_process_group"]
         assert "in the model but was" in rank["taken over"]
-        assert "use FSDP2 (fully_shard) for both models, or DDP" in rank["reference"]
 
 
 # ---------------------------------------------------------------------- files
@@ -129,6 +142,33 @@ def test_one_process_reads_what_two_have_saved(stage, two):
         load_into(Net(), average)
 
 
+@pytest.fixture(scope="module")
+def four(two, tmp_path_factory):
+    return once_on_ranks(4, "zero_runs:four", tmp_path_factory.getbasetemp())
+
+
+@every_stage
+def test_four_processes_read_what_two_have_saved(stage, two, four):
+    _, (first, _) = two
+    folder, ranks = four
+    saved = first["files"][stage]["saved"]
+    for rank in ranks:
+        assert rank[stage].keys() == saved.keys()
+        assert all(same(average, saved[name]) for name, average in rank[stage].items())
+    for average in averagers(folder):
+        average.load(folder / stage / average.name)
+        assert same(average.average(), saved[average.name])
+
+
+@every_stage
+def test_two_processes_read_what_four_have_saved(stage, two, trained):
+    _, (first, _) = two
+    for rank in trained[1]:
+        saved = first["files"][stage]["saved"]
+        assert rank["from four"][stage].keys() == saved.keys()
+        assert all(same(average, saved[name]) for name, average in rank["from four"][stage].items())
+
+
 @every_stage
 def test_the_whole_model_is_one_file(stage, two):
     folder, (first, _) = two
@@ -150,12 +190,12 @@ def test_snapshots_that_outlive_the_run_are_whole(name, count, stage, two):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(four, tmp_path_factory):
     pytest.importorskip("transformers")
     return once_on_ranks(2, "zero_runs:transformers", tmp_path_factory.getbasetemp())
 
 
-@pytest.mark.parametrize("stage", ["2", "3"])
+@pytest.mark.parametrize("stage", ["1", "2", "3"])
 def test_transformers_averages_evaluates_and_resumes(stage, trained):
     folder, ranks = trained
     for rank in ranks:
@@ -169,12 +209,12 @@ def test_transformers_averages_evaluates_and_resumes(stage, trained):
     assert (folder / f"straight-{stage}" / "checkpoint-6" / "averaging-manifest.json").is_file()
 
 
-@pytest.mark.parametrize("stage", ["2", "3"])
+@pytest.mark.parametrize("stage", ["1", "2", "3"])
 def test_transformers_checkpoints_hold_the_averages(stage, trained):
     from transformers import LlamaForCausalLM, Trainer, TrainingArguments
 
     folder, (first, _) = trained
-    dtype = {"2": torch.bfloat16, "3": torch.float32}[stage]
+    dtype = {"1": torch.float32, "2": torch.bfloat16, "3": torch.float32}[stage]
     rows = torch.randint(18, (64, 6), generator=torch.Generator().manual_seed(1))[48:]
     examples = [{"input_ids": row, "labels": row} for row in rows]
     arguments = TrainingArguments(
@@ -188,7 +228,7 @@ def test_transformers_checkpoints_hold_the_averages(stage, trained):
         assert first[stage]["history"][2][f"eval_{metric}loss"] == pytest.approx(measured["eval_loss"], rel=1e-2)
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_soup_reads_the_float32_weights_beside_transformers_model(stage, trained):
     folder, (first, _) = trained
     checkpoint = Checkpoint(folder / f"straight-{stage}" / "checkpoint-6" / "global_step6")
@@ -198,10 +238,24 @@ def test_soup_reads_the_float32_weights_beside_transformers_model(stage, trained
     assert checkpoint.ties == {"lm_head.weight": "model.embed_tokens.weight"}
 
 
-def test_transformers_writes_back_and_loads_the_best(trained):
+@pytest.mark.parametrize("stage", [2, 3])
+def test_transformers_averages_in_every_other_way(stage, trained):
+    folder, ranks = trained
+    for rank in ranks:
+        require_further(rank["further"][stage], steps=5)
+    require_snapshots(folder / f"further-{stage}", "trail", 1)
+    require_snapshots(folder / f"further-{stage}", "tracks", 2)
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("dpo", "torch.bfloat16"), ("grpo", "torch.float32")])
+def test_references_of_trl_follow_and_resume(kind, dtype, trained):
+    pytest.importorskip("trl")
     for rank in trained[1]:
-        assert rank["reset"] == [4]
-        assert rank["reset right"]
+        assert rank["anchors"][kind] == {"right": [True] * 6, "resumed": True, "dtype": dtype}
+
+
+def test_transformers_loads_the_best(trained):
+    for rank in trained[1]:
         assert rank["best"][1]
         assert rank["resumed beside the average"]
         assert "set zero_optimization.stage3_gather_16bit_weights_on_model_save to true" in rank["not gathered"]

@@ -8,7 +8,7 @@ from fsdp1_runs import BETWEEN
 from ranks import once_on_ranks
 from safetensors.torch import load_file
 from shard_runs import Net, averagers, same
-from test_shards import require_averages, require_evaluations, require_write_backs
+from test_shards import require_averages, require_evaluations, require_snapshots, require_write_backs
 
 from averaging import load_into
 
@@ -100,7 +100,7 @@ def test_a_resumed_run_equals_the_straight_one(two):
 def test_averages_go_on_in_other_engines(engine, two):
     _, ranks = two
     for rank in ranks:
-        assert len(rank[engine]) == 7
+        assert len(rank[engine]) == 8
         assert all(rank[engine].values()), rank[engine]
 
 
@@ -112,7 +112,7 @@ def test_one_process_reads_what_two_have_saved(two):
         load_into(Net(), average)
 
 
-def test_the_whole_model_is_one_file_and_so_is_a_snapshot(two):
+def test_the_whole_model_is_one_file_and_so_are_snapshots(two):
     folder, (first, _) = two
     written = load_file(folder / "whole.safetensors")
     model = Net()
@@ -120,10 +120,8 @@ def test_the_whole_model_is_one_file_and_so_is_a_snapshot(two):
     assert torch.equal(written["inner.bias"], model.inner.bias)  # frozen: the model's own
     for name, tensor in first["saved"]["lawa-cpu"].items():
         assert torch.equal(written[name], tensor)
-    snapshots = sorted((folder / "trail").glob("step-*.safetensors"))
-    assert len(snapshots) == 3
-    for file in snapshots:
-        assert same(load_file(file), load_file(folder / "trail-expected" / file.name))
+    require_snapshots(folder, "trail", 3)
+    require_snapshots(folder, "tracks", 6)
 
 
 def test_four_processes_read_what_two_have_saved(two, tmp_path_factory):

@@ -35,7 +35,7 @@ def require_averages(core, engine):
     """In each rank the average of its parts is the part of the average."""
     for rank in core:
         result = rank["engines"][engine]
-        assert len(result["right"]) == 14
+        assert len(result["right"]) == 16
         assert all(result["right"].values()), result["right"]
         assert sorted(result["names"]) == sorted(TRAINED)  # a tied weight once, no frozen one
         assert result["plain"]
@@ -73,6 +73,12 @@ def require_snapshots(folder, name, count):
         with safe_open(file, "pt") as stored, safe_open(folder / f"{name}-expected" / file.name, "pt") as expected:
             assert stored.metadata() == expected.metadata()
         assert same(load_file(file), load_file(folder / f"{name}-expected" / file.name))
+
+
+def require_further(rank, steps):
+    """The averages that one run in a trainer has had together are right, and so is what was written back."""
+    names = ["posthocema", "swa", "bema", "swad", "switch"]
+    assert rank == dict.fromkeys([*(f"after step {step}" for step in range(steps + 1)), *names], True)
 
 
 @every_engine
@@ -151,7 +157,7 @@ def test_averages_go_on_under_ddp_and_under_fsdp2_again(two):
     _, ranks = two
     for rank in ranks:
         for engine in ("under DDP", "under FSDP2 again"):
-            assert len(rank[engine]["right"]) == 7
+            assert len(rank[engine]["right"]) == 8
             assert all(rank[engine]["right"].values()), (engine, rank[engine]["right"])
 
 
@@ -314,6 +320,14 @@ def test_lightning_checkpoints_hold_the_averages(fitted):
     require_checkpoints(*fitted)
 
 
+def test_lightning_averages_in_every_other_way(fitted):
+    folder, ranks = fitted
+    for rank in ranks:
+        require_further(rank["further"], steps=10)
+    require_snapshots(folder / "further", "trail", 2)
+    require_snapshots(folder / "further", "tracks", 4)
+
+
 def test_lightning_refuses_what_cannot_be_kept(fitted):
     _, ranks = fitted
     for rank in ranks:
@@ -361,17 +375,18 @@ def test_transformers_checkpoints_hold_the_averages(trained):
     assert (checkpoint / "averaging-manifest.json").is_file()
 
 
-def test_transformers_resets_elastically_and_stores_snapshots(trained):
+def test_transformers_averages_in_every_other_way(trained):
     from transformers import LlamaForCausalLM
 
     folder, ranks = trained
+    for rank in ranks:
+        require_further(rank["further"], steps=8)
+    require_snapshots(folder, "trail", 2)
+    require_snapshots(folder, "tracks", 4)
     stored = load_file(folder / "trail" / "step-000000008.safetensors")
     assert (
         stored.keys() == dict(LlamaForCausalLM.from_pretrained(folder / "trail" / "template").named_parameters()).keys()
     )
-    for rank in ranks:
-        assert rank["reset"] == [4, 8]
-        assert rank["reset right"]
 
 
 def test_transformers_refuses_what_cannot_be_kept(trained):
@@ -379,7 +394,7 @@ def test_transformers_refuses_what_cannot_be_kept(trained):
     for rank in ranks:
         assert "load_best_model_at_end does not reach" in rank["best"]
         assert "Trainer saves no state of its optimizer" in rank["resume"]
-        assert "FSDP are not supported, as their parameters are not whole weights: train with DDP" in rank["anchor"]
+        assert "FSDP is not supported, as its parameters are not whole weights: train with DDP" in rank["anchor"]
 
 
 def test_accelerates_fsdp_is_refused_in_transformers(tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import gc
-import importlib
+import importlib.util
 import logging
 import os
 import warnings
@@ -19,8 +19,10 @@ warnings.filterwarnings("ignore", "torch.distributed.*is deprecated", FutureWarn
 import deepspeed
 import torch
 from ddp_runs import collectives, count_collectives
+from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import safe_get_full_fp32_param
-from shard_runs import STEPS, Interrupted, Net, averagers, batch, fsdp, loss, same
+from safetensors.torch import load_file
+from shard_runs import STEPS, Interrupted, Net, averagers, batch, beside_the_recorded, fsdp, further, loss, same
 from shard_runs import whole as whole_of_shards
 from torch import distributed, nn
 
@@ -48,7 +50,11 @@ ENGINES: dict[str, tuple[int, bool, dict[str, Any]]] = {
     "ZeRO-2, bf16": (2, True, {"gradient_accumulation_steps": 2}),
     "ZeRO-3, fp32": (3, False, {}),
     "ZeRO-3, bf16": (3, True, {"zero_optimization": {"stage3_param_persistence_threshold": 0}}),
-}
+    "ZeRO-2, bf16, offloaded": (2, True, {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}),
+    "ZeRO-3, bf16, offloaded": (
+        3, True, {"zero_optimization": {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}}
+    ),
+}  # fmt: skip
 
 
 def prepare() -> None:
@@ -68,6 +74,7 @@ def settings(stage: int, bf16: bool, more: dict[str, Any] = {}) -> dict[str, Any
         "train_micro_batch_size_per_gpu": 12,
         "bf16": {"enabled": bf16},
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
         **more,
         "zero_optimization": {"stage": stage, **more.get("zero_optimization", {})},
     }
@@ -210,6 +217,17 @@ def core(folder: Path) -> dict[str, Any]:
 
             result = train(engine, [average], look)
             results["write-backs"][f"{average.name}, {name}"] = [result["right"], reached]
+    results["counted"] = {accumulation: counted(accumulation) for accumulation in (1, 2)}
+    results["references"] = {
+        name: follows(build(name), reference())
+        for name, reference in {
+            "ZeRO-1, bf16": bare_engine,
+            "ZeRO-2, bf16": lambda: Net(torch.bfloat16),
+            "ZeRO-3, bf16": bare_engine,
+            "ZeRO-3, fp32": lambda: Net(torch.bfloat16),
+            "ZeRO-2, fp32": lambda: build("ZeRO-1, bf16"),
+        }.items()
+    }
     results["collectives"] = collectives()
 
     everything = EMA(0.8, frozen=True)
@@ -225,8 +243,7 @@ def core(folder: Path) -> dict[str, Any]:
     for key, attempt in {
         "taken over": lambda: [initialize(net, settings(2, False)), early.update(net, 2)],
         "16 bits": lambda: named_weights(initialize(Net(torch.bfloat16), settings(0, True))),
-        "no optimizer": lambda: named_weights(deepspeed.initialize(model=Net(), config=settings(3, False))[0]),
-        "reference": lambda: Reference(EMAAnchor(0.3), engine, Net(torch.bfloat16)),
+        "no optimizer": lambda: named_weights(bare_engine().module),
     }.items():
         try:
             attempt()
@@ -246,6 +263,52 @@ def core(folder: Path) -> dict[str, Any]:
             results[key] = str(error)
         setattr(owner, key, usual)
     return results
+
+
+def bare_engine() -> Any:
+    """As TRL prepares reference models."""
+    return deepspeed.initialize(model=Net(torch.bfloat16), config=settings(3, True))[0]
+
+
+def follows(policy: Any, model: nn.Module) -> list[bool]:
+    """Whether a reference ``model`` holds after each step what the gathered weights give, and computes with it."""
+    reference, expected, plain = Reference(EMAAnchor(0.3, every=2), policy, model), EMAAnchor(0.3, every=2), Net()
+    expected.update({name: tensor.float() for name, tensor in visible(model).items()}, 0)
+    right = []
+    for step in range(1, STEPS + 1):
+        advance(policy, step)
+        reference.update(step)
+        expected.update(gathered(policy), step)
+        dtype = next(model.parameters()).dtype
+        right.append(same(visible(model), {name: part.to(dtype) for name, part in expected.average().items()}))
+        load_into(plain.to(dtype), expected)
+        with torch.no_grad():
+            right.append(torch.equal(loss(model, 50, False), loss(plain, 50, False)))
+    return right
+
+
+def visible(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The whole weights that ``model`` computes with, of those that a policy trains."""
+    inner = getattr(model, "module", model)
+    with deepspeed.zero.GatheredParameters([p for p in inner.parameters() if hasattr(p, "ds_id")]):
+        return {name: p.detach().clone() for name, p in inner.named_parameters() if name != "inner.bias"}
+
+
+def counted(accumulation: int) -> list[Any]:
+    """Offer a float16 engine after each batch, of which those of the third step overflow."""
+    get_accelerator().is_fp16_supported = lambda: True
+    more = {"fp16": {"enabled": True, "initial_scale_power": 4, "hysteresis": 1}}
+    accumulating = {"gradient_accumulation_steps": accumulation}
+    engine = initialize(Net(torch.float16), settings(2, False, {**more, **accumulating}))
+    average, expected = EMA(0.8), EMA(0.8)
+    for batch_number in range(1, STEPS * accumulation + 1):
+        overflows = (batch_number - 1) // accumulation == 2
+        engine.backward(loss(engine, batch_number) * (torch.inf if overflows else 1))
+        engine.step()
+        average.update(engine)
+        if engine.was_step_applied():
+            expected.update(gathered(engine))
+    return [engine.skipped_steps, average.step, same(whole(engine, average.average()), expected.average())]
 
 
 def files(folder: Path) -> dict[str, Any]:
@@ -316,8 +379,80 @@ def files(folder: Path) -> dict[str, Any]:
     return results
 
 
+def four(folder: Path) -> dict[str, Any]:
+    """On four processes: what two have saved, and what they save themselves."""
+    start()
+    saved = folder.parent / "zero_runs-loops-2"
+    results: dict[str, Any] = {}
+    for name in ("ZeRO-2, bf16", "ZeRO-3, bf16"):
+        place, engine = name[:6], build(name)
+        results[place] = {}
+        for average in averagers(folder):
+            average.load(saved / place / "at-3" / average.name, engine).save(folder / place / average.name)
+            results[place][average.name] = whole(engine, average.average())
+            average.update(engine, 4)
+    return results
+
+
+def anchors(folder: Path) -> dict[str, Any]:
+    """References of TRL's trainers: whole beside stage 2 in bfloat16, partitioned beside stage 3 in float32."""
+    from accelerate.state import AcceleratorState
+    from test_anchors import save_policy, trainer, word_tokenizer
+    from transformers import TrainerCallback
+
+    from averaging import transformers
+
+    class Recorder(TrainerCallback):
+        def __init__(self) -> None:
+            self.policy: dict[int, Any] = {}
+            self.reference: dict[int, Any] = {}
+
+        def on_step_end(self, args, state, control, **kwargs):
+            self.policy[state.global_step] = gathered(self.trainer.deepspeed)
+            self.reference[state.global_step] = visible(self.trainer.ref_model)
+
+    def run(kind: str, stage: int, resume: str | None = None, **options: Any) -> Recorder:
+        AcceleratorState._reset_state(True)
+        recorder = Recorder()
+        deepspeed = {
+            "train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto",
+            "bf16": {"enabled": "auto"}, "zero_allow_untested_optimizer": True,
+            "zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True},
+        }  # fmt: skip
+        callbacks = [transformers.EMAAnchor(0.3, every=3), recorder]
+        recorder.trainer = trainer(
+            kind, str(folder / "policy"), word_tokenizer(), folder / kind, callbacks,
+            deepspeed=deepspeed, max_steps=6, save_steps=2, **options,
+        )  # fmt: skip
+        recorder.trainer.train(resume_from_checkpoint=resume)
+        return recorder
+
+    if distributed.get_rank() == 0:
+        save_policy(folder / "policy")
+    distributed.barrier()
+    results: dict[str, Any] = {}
+    for kind, stage, options in (("dpo", 2, {"bf16": True}), ("grpo", 3, {})):
+        straight = run(kind, stage, **options)
+        expected, right = EMAAnchor(0.3, every=3), []
+        dtype = next(straight.trainer.ref_model.parameters()).dtype
+        start = load_file(folder / "policy" / "model.safetensors")
+        expected.update({name: tensor.to(dtype).float() for name, tensor in start.items()}, 0)
+        for step, weights in straight.policy.items():
+            expected.update(weights, step)
+            average = {name: tensor.to(dtype) for name, tensor in expected.average().items()}
+            right.append(same(straight.reference[step], average))
+        resumed = run(kind, stage, resume=str(folder / kind / "checkpoint-2"), **options)
+        again = [*resumed.policy] == [3, 4, 5, 6] and all(
+            same(resumed.policy[step], straight.policy[step])
+            and same(resumed.reference[step], straight.reference[step])
+            for step in resumed.policy
+        )
+        results[kind] = {"right": right, "resumed": again, "dtype": str(dtype)}
+    return results
+
+
 def transformers(folder: Path) -> dict[str, Any]:
-    """transformers.Trainer with accelerate's DeepSpeed: stage 2 in bfloat16, stage 3 in float32."""
+    """transformers.Trainer with accelerate's DeepSpeed: stage 2 in bfloat16, stages 1 and 3 in float32."""
     from accelerate.state import AcceleratorState
     from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
@@ -382,9 +517,15 @@ def transformers(folder: Path) -> dict[str, Any]:
     def put_together(model: nn.Module, average: Averager) -> dict[str, torch.Tensor]:
         return whole(model, average.average())
 
+    # What four processes have saved, in two.
+    results: dict[str, Any] = {"from four": {}}
+    for name in ("ZeRO-2, bf16", "ZeRO-3, bf16"):
+        engine, saved = build(name), folder.parent / "zero_runs-four-4" / name[:6]
+        loaded = [average.load(saved / average.name, engine) for average in averagers(folder)]
+        results["from four"][name[:6]] = {average.name: whole(engine, average.average()) for average in loaded}
+
     count_collectives()
-    results: dict[str, Any] = {}
-    for stage in (2, 3):
+    for stage in (1, 2, 3):
         _, undisturbed, _ = run(f"plain-{stage}", stage=stage, save_strategy="no")
         straight, again, references, expected = kept(), kept(), kept(), {}
         model, recorder, trainer = run(f"straight-{stage}", AveragingCallback(*straight, evaluate="all"), stage=stage)
@@ -416,13 +557,18 @@ def transformers(folder: Path) -> dict[str, Any]:
         ]
     results["collectives"] = collectives()
 
-    # Weights written back, and the optimizer's state cleared; the average in the checkpoint's own file, and the best.
-    reset, reference = ElasticReset(4, 0.8, moments="reset"), ElasticReset(4, 0.8)
-    _, recorder, trainer = run("reset", AveragingCallback(reset), stage=3, save_strategy="no", max_steps=5)
-    reference.update(recorder.start, 0)
-    resets = {step: reference.update(weights, step) for step, weights in recorder.weights.items()}
-    results["reset"] = [step for step, weights in resets.items() if weights is not None]
-    results["reset right"] = same(put_together(trainer.model, reset), reference.average())
+    results["further"] = {}
+    for stage in (2, 3):
+        more, after, place = further(folder / f"further-{stage}"), Recorder(), folder / f"further-{stage}"
+        callbacks = (AveragingCallback(*more, evaluate="online"), after)
+        model, before, trainer = run(place.name, *callbacks, stage=stage, save_strategy="no", max_steps=5)
+        losses = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
+        results["further"][stage] = beside_the_recorded(
+            more, place, {0: before.start} | before.weights, {0: after.start} | after.weights, losses,
+            lambda average, model=model: whole(model, average),
+        )  # fmt: skip
+
+    # The average in the checkpoint's own file, and the best.
     average, options = LAWA(k=3, every=2), {"stage": 2, "save_steps": 2, "load_best_model_at_end": True}
     model, recorder, trainer = run("best", AveragingCallback(average, checkpoint="average"), **options)
     best, reference = int(trainer.state.best_model_checkpoint.rsplit("-")[-1]), LAWA(k=3, every=2)
@@ -438,4 +584,6 @@ def transformers(folder: Path) -> dict[str, Any]:
         run("not gathered", AveragingCallback(EMA(0.8)), stage=3, gather=False)
     except ValueError as error:
         results["not gathered"] = str(error)
+    if importlib.util.find_spec("trl") is not None:
+        results["anchors"] = anchors(folder)
     return results
