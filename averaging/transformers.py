@@ -17,13 +17,15 @@ import os
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 import averaging
 from averaging.anchors import Reference
@@ -51,9 +53,9 @@ from averaging.completeness import Checksums, begin, require_whole, say_skipped,
 from averaging.randomness import random_state
 from averaging.schedule import Span
 from averaging.schedule_free import enter_eval
-from averaging.shard_files import replacing_together
+from averaging.shard_files import replacing_together, save_whole
 from averaging.shards import if_sharded, is_sharded
-from averaging.weights import named_weights
+from averaging.weights import named_weights, unwrap
 
 __all__ = [
     "BEMA",
@@ -79,9 +81,9 @@ class AveragingCallback(CallbackCore, TrainerCallback):
     - ``checkpoint-500/lawa`` holds the average, a folder that `from_pretrained` opens, and the state to resume from.
       With ``checkpoint="average"``, ``checkpoint-500`` itself holds the average and ``checkpoint-500/online`` the
       weights being trained.
-    - Of a model that ``from_pretrained(distributed_config=...)`` (FSDP2, tensor parallelism) or DeepSpeed ZeRO has
-      sharded, the averages are those of each process's shards, of ZeRO's in float32. With ``distributed_config``
-      Trainer saves no optimizer, so such a run cannot be resumed.
+    - Of a model that accelerate's FSDP2 (``fsdp=True``), DeepSpeed ZeRO or ``from_pretrained(distributed_config=...)``
+      (FSDP2, tensor parallelism) has sharded, the averages are those of each process's shards, of ZeRO's in float32.
+      With ``distributed_config`` Trainer saves no optimizer, so such a run cannot be resumed.
     - When training ends the model holds the average; with ``load_best_model_at_end`` that of the best checkpoint, or
       whatever else ``metric_for_best_model`` measured. The online weights are in the last checkpoint.
 
@@ -123,7 +125,7 @@ class AveragingCallback(CallbackCore, TrainerCallback):
                 for averager in averagers:
                     if sharded:
                         averager.bind(trainer.model)
-                    averager.keep_template(lambda folder: trainer.save_model(str(folder), _internal_call=True))
+                    averager.keep_template(functools.partial(_write_model, trainer, trainer.save_model))
             forward = functools.partial(_training_forward, trainer)
             self.use_recalibration(trainer.model, averagers, _training_data(trainer), forward)
             self._attach(trainer, averagers)
@@ -202,7 +204,7 @@ class AveragingCallback(CallbackCore, TrainerCallback):
         signature, averages = inspect.signature(evaluation_loop), self.averages(averagers)
 
         def holding(name: str) -> AbstractContextManager[Any]:
-            return nullcontext() if name == ONLINE else applied(trainer.model, averages[name])
+            return applied(trainer.model, {} if name == ONLINE else averages[name])
 
         @contextmanager
         def evaluated(name: str) -> Iterator[None]:
@@ -243,12 +245,15 @@ class AveragingCallback(CallbackCore, TrainerCallback):
             if trainer.args.should_save:
                 sealing.begin(Path(output_dir))
             lead = self.leader if self.checkpoint == "average" else ONLINE
-            with holding(lead):
-                save_model(output_dir, _internal_call=True, **kwargs)
+            write = functools.partial(_write_model, trainer, functools.partial(save_model, **kwargs))
             replace = replacing_together if sharded else replacing
-            if lead != ONLINE:
+            if lead == ONLINE:
+                save_model(output_dir, _internal_call=True, **kwargs)
+            else:
+                with holding(lead):
+                    write(Path(output_dir))
                 with replace(Path(output_dir) / ONLINE) as folder:
-                    save_model(str(folder), _internal_call=True, **kwargs)
+                    write(folder)
             for averager in averagers:
                 for name in averager.views() or [averager.name]:
                     # The state lies with the first one.
@@ -256,7 +261,7 @@ class AveragingCallback(CallbackCore, TrainerCallback):
                     with saving(Path(output_dir) / name) as folder:
                         if name in averages and name != lead:
                             with holding(name):
-                                save_model(str(folder), _internal_call=True, **kwargs)
+                                write(folder)
 
         def detach() -> list[Averager]:
             trainer.evaluation_loop, trainer.save_model = evaluation_loop, save_model
@@ -445,7 +450,7 @@ class _Resuming:
 
     def __call__(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         checkpoint: Any = resume_from_checkpoint
-        if checkpoint and is_sharded(self._trainer.model) and not self._trainer.is_deepspeed_enabled:
+        if checkpoint and is_sharded(self._trainer.model) and not _saves_shards(self._trainer):
             raise ValueError(
                 "a model sharded by DistributedConfig cannot resume, as Trainer saves no state of its optimizer: begin "
                 "a new run with from_pretrained of the checkpoint"
@@ -489,14 +494,11 @@ def _running_trainer(
 
 def _refuse_engines(trainer: Any) -> None:
     """Raise where averages could not be kept, saved or resumed."""
-    way_out = (
-        "load the model with distributed_config=DistributedConfig(fsdp_size=...), train with DDP, or average the saved "
-        "checkpoints afterwards with `soup`"
-    )
-    if trainer.is_fsdp_enabled:
+    if trainer.is_fsdp_enabled and not getattr(trainer.accelerator, "is_fsdp2", False):
         raise ValueError(
-            "averages under accelerate's FSDP are not supported, as the saving of its checkpoints leaves no room for "
-            f"them: {way_out}"
+            "averages under version 1 of accelerate's FSDP, which transformers is giving up, are not supported in "
+            'Trainer: set fsdp_config={"version": 2} (with `accelerate launch`: fsdp_version: 2), train with DDP, or '
+            "average the saved checkpoints afterwards with `soup`"
         )
     if trainer.is_deepspeed_enabled:
         engine = trainer.deepspeed
@@ -506,16 +508,39 @@ def _refuse_engines(trainer: Any) -> None:
                 "averages under DeepSpeed ZeRO-3 are saved as models, which DeepSpeed has to gather: set "
                 "zero_optimization.stage3_gather_16bit_weights_on_model_save to true"
             )
-    elif is_sharded(trainer.model) and trainer.args.load_best_model_at_end:
+    elif is_sharded(trainer.model) and not trainer.is_fsdp_enabled and trainer.args.load_best_model_at_end:
         raise ValueError(
             "load_best_model_at_end does not reach a model sharded by DistributedConfig: leave it out, and open the "
             "average in the best checkpoint with from_pretrained"
         )
 
 
+def _saves_shards(trainer: Any) -> bool:
+    """Whether an engine saves what it trains, and its optimizer, in files of its own beside Trainer's model file."""
+    return bool(trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled)
+
+
+def _write_model(trainer: Any, save_model: Callable[..., None], folder: Path) -> None:
+    """Write the model, as it is now, as a folder that `from_pretrained` opens; all processes of a sharded one call it.
+
+    Under accelerate's FSDP, Trainer's own ``save_model`` writes nothing, or gathers the whole model on one process.
+    There the tensors keep the names that they have in memory, as with ``save_original_format=False``.
+    """
+    if not trainer.is_fsdp_enabled:
+        save_model(str(folder), _internal_call=True)
+    elif hasattr(unwrap(trainer.model), "peft_config"):
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+        trainer._save(str(folder), state_dict=get_model_state_dict(trainer.model, options=options))
+    else:
+        save_whole(trainer.model, folder / f"whole-{SAFE_WEIGHTS_NAME}")
+        trainer._save(str(folder), state_dict={})  # all that lies beside the weights
+        if trainer.args.process_index == 0:
+            os.replace(folder / f"whole-{SAFE_WEIGHTS_NAME}", folder / SAFE_WEIGHTS_NAME)
+
+
 def _restore_online(trainer: Any, checkpoint: Path, names: Iterable[str]) -> None:
     """Load what was trained, where Trainer has loaded what it takes the checkpoint and the folders in it for."""
-    if (checkpoint / ONLINE).is_dir() and not trainer.is_deepspeed_enabled:  # which has loaded its own files
+    if (checkpoint / ONLINE).is_dir() and not _saves_shards(trainer):  # of which the files of its own are loaded
         trainer._load_from_checkpoint(str(checkpoint / ONLINE))
     for name in (ONLINE, *names):
         # An average of a PEFT adapter is an adapter in a sub-folder, and Trainer loads all of those.

@@ -106,8 +106,8 @@ class Binding:
         self.module = module
         inner = unwrap(module)
         _refuse_engines(inner)
-        self._sharding = fsdp_modules(inner)
-        reshard(inner)
+        self._sharding = fsdp_modules(module)  # of which torch.compile's wrapper may be one
+        reshard(module)
         flat = slices(module)
         self._watched: list[tuple[dict[str, Tensor | None], str, Tensor, bool]] = []
         self.tensors: dict[str, Tensor] = {}
@@ -180,7 +180,7 @@ def named_weights(model: nn.Module, *, frozen: bool = False, buffers: bool = Fal
 def every_tensor(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """All parameters and buffers of ``model`` under all their names, those of tied weights included."""
     inner = unwrap(model)
-    reshard(inner)
+    reshard(model)
     flat = slices(model)
     for name, tensor in (*inner.named_parameters(remove_duplicate=False), *inner.named_buffers(remove_duplicate=False)):
         _refuse_lazy(_plain(name), tensor)
@@ -208,7 +208,7 @@ def every_filed_name(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 def stored_tensors(model: nn.Module) -> dict[str, Tensor]:
     """What a file of ``model`` holds: its parameters and persistent buffers, as they are in it, each once."""
     inner = unwrap(model)
-    reshard(inner)
+    reshard(model)
     flat = slices(model)
     return {
         first: stored

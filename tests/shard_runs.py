@@ -88,15 +88,22 @@ def gathered(net: nn.Module) -> dict[str, torch.Tensor]:
             part.reshard()
     with FullyShardedDataParallel.summon_full_params(net, writeback=False):  # which names them as the model does
         return {
-            name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
+            bare(name): (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
             for name, p in net.named_parameters()
             if p.requires_grad
         }
 
 
+def bare(name: str) -> str:
+    """The name that a parameter has without wrappers."""
+    for wrapper in ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod."):
+        name = name.replace(wrapper, "")
+    return name
+
+
 def whole(net: nn.Module, weights: Any) -> dict[str, torch.Tensor]:
     """``weights``, this process's parts of ``net``'s, gathered."""
-    parameters = {name.replace("_fsdp_wrapped_module.", ""): p for name, p in net.named_parameters()}
+    parameters = {bare(name): p for name, p in net.named_parameters()}
     shapes = gathered(net) if isinstance(net, FullyShardedDataParallel) else {}
     out = {}
     for name, part in weights.items():
