@@ -17,7 +17,18 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from ddp_runs import collectives, count_collectives
-from shard_runs import STEPS, Interrupted, Net, averagers, beside_the_gathered, gathered, loss, same, whole
+from shard_runs import (
+    STEPS,
+    Interrupted,
+    Net,
+    averagers,
+    beside_the_gathered,
+    gathered,
+    logged_losses,
+    loss,
+    same,
+    whole,
+)
 from torch import distributed
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -214,11 +225,7 @@ def transformers(folder: Path) -> dict[str, Any]:
             "shape": [*straight[1].average()["model.layers.1.mlp.up_proj.weight"].shape],
             "holds": same(gathered(model), expected["lawa"]),
             "online": goes_as(recorder, undisturbed),
-            "history": [
-                {key: value for key, value in entry.items() if key.endswith("loss")}
-                for entry in trainer.state.log_history
-                if "eval_loss" in entry
-            ],
+            "history": logged_losses(trainer),
             "at 6": {**expected, "online": recorder.weights[6]},
         }  # fmt: skip
         _, resumed, _ = run(

@@ -163,6 +163,26 @@ def further(folder: Path, suffix: str = "") -> list[Averager]:
     ]
 
 
+def replayed(references: list[Averager], recorded: dict[int, Any]) -> dict[tuple[int, str], dict[str, torch.Tensor]]:
+    """(step, name) → the average of that name after that step, given the weights ``recorded`` after each."""
+    averages = {}
+    for step, weights in recorded.items():
+        for reference in references:
+            reference.update(weights, step)
+            average = reference.average() if reference.absorbed else {}
+            averages[step, reference.name] = {name: tensor.clone() for name, tensor in average.items()}
+    return averages
+
+
+def logged_losses(trainer: Any) -> list[dict[str, float]]:
+    """The losses of each evaluation that a trainer of transformers has logged."""
+    return [
+        {key: value for key, value in entry.items() if key.endswith("loss")}
+        for entry in trainer.state.log_history
+        if "eval_loss" in entry
+    ]
+
+
 def beside_the_recorded(
     kept: list[Averager],
     folder: Path,
@@ -570,22 +590,14 @@ def transformers(folder: Path) -> dict[str, Any]:
     plain, _, _ = run("plain", save_strategy="no")
     straight = kept()
     model, recorder, trainer = run("straight", AveragingCallback(*straight, evaluate="all"))
-    references, expected = kept(), {}
-    for step, weights in recorder.weights.items():
-        for reference in references:
-            reference.update(weights, step)
-            average = reference.average() if reference.absorbed else {}
-            expected[step, reference.name] = {name: tensor.clone() for name, tensor in average.items()}
+    references = kept()
+    expected = replayed(references, recorder.weights)
     last = {average.name: whole(model, average.average()) for average in straight}
     results: dict[str, Any] = {
         "averages": all(same(last[reference.name], reference.average()) for reference in references),
         "collectives": collectives(),
         "holds": same(gathered(model), last["lawa"]),
-        "history": [
-            {key: value for key, value in entry.items() if key.endswith("loss")}
-            for entry in trainer.state.log_history
-            if "eval_loss" in entry
-        ],
+        "history": logged_losses(trainer),
         "at 6": {name: expected[6, name] for name in ("lawa", "ema")},
         "online at 6": recorder.weights[6],
         "online": same(gathered(plain), recorder.weights[8]),

@@ -19,7 +19,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
-from shard_runs import Interrupted, gathered, same, whole
+from shard_runs import Interrupted, gathered, replayed, same, whole
 from torch import distributed, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
@@ -148,12 +148,7 @@ class Runs:
         model, recorder, trainer = run("straight", AveragingCallback(*straight, evaluate="all", batchnorm=3))
         self.straight = recorder, trainer
         references = kept()
-        expected = {}
-        for step, weights in recorder.weights.items():
-            for reference in references:
-                reference.update(weights, step)
-                average = reference.average() if reference.absorbed else {}
-                expected[step, reference.name] = {name: tensor.clone() for name, tensor in average.items()}
+        expected = replayed(references, recorder.weights)
         last = {average.name: whole(model, average.average()) for average in straight}
         results: dict[str, Any] = {
             "averages": all(same(last[reference.name], reference.average()) for reference in references),

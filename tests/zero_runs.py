@@ -22,7 +22,20 @@ from ddp_runs import collectives, count_collectives
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import safe_get_full_fp32_param
 from safetensors.torch import load_file
-from shard_runs import STEPS, Interrupted, Net, averagers, batch, beside_the_recorded, fsdp, further, loss, same
+from shard_runs import (
+    STEPS,
+    Interrupted,
+    Net,
+    averagers,
+    batch,
+    beside_the_recorded,
+    fsdp,
+    further,
+    logged_losses,
+    loss,
+    replayed,
+    same,
+)
 from shard_runs import whole as whole_of_shards
 from torch import distributed, nn
 
@@ -527,24 +540,16 @@ def transformers(folder: Path) -> dict[str, Any]:
     count_collectives()
     for stage in (1, 2, 3):
         _, undisturbed, _ = run(f"plain-{stage}", stage=stage, save_strategy="no")
-        straight, again, references, expected = kept(), kept(), kept(), {}
+        straight, again, references = kept(), kept(), kept()
         model, recorder, trainer = run(f"straight-{stage}", AveragingCallback(*straight, evaluate="all"), stage=stage)
-        for step, weights in recorder.weights.items():
-            for reference in references:
-                reference.update(weights, step)
-                average = reference.average() if reference.absorbed else {}
-                expected[step, reference.name] = {name: tensor.clone() for name, tensor in average.items()}
+        expected = replayed(references, recorder.weights)
         last = {average.name: put_together(model, average) for average in straight}
         result = results[str(stage)] = {
             "averages": all(same(last[reference.name], reference.average()) for reference in references),
             "holds": same(gathered_of(model), last["lawa"]),
             "online": recorder.weights.keys() == undisturbed.weights.keys()
             and all(same(weights, undisturbed.weights[step]) for step, weights in recorder.weights.items()),
-            "history": [
-                {key: value for key, value in entry.items() if key.endswith("loss")}
-                for entry in trainer.state.log_history
-                if "eval_loss" in entry
-            ],
+            "history": logged_losses(trainer),
             "at 6": {name: expected[6, name] for name in ("lawa", "ema")} | {"online": recorder.weights[6]},
         }
         checkpoint = folder / f"straight-{stage}" / "checkpoint-3"
